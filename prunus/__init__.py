@@ -1,0 +1,1 @@
+"""Prunus finds the smaller networks inside a pretrained language model."""

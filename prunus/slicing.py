@@ -1,0 +1,472 @@
+"""Floor 2: the only file that touches the shape of a weight: check, sort, activate, extract.
+
+Importance is used once, to permute the super-network in place; from then on a sub-network is only *how many* to
+keep, a prefix along each dimension. `activate` and `extract` run through the same `take`, so they agree exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from prunus.errors import UserError
+from prunus.families import AXES, UNCUT, Family, dims, full, size_of
+from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
+
+Part = Literal["outer", "block", "attention", "mlp"]
+Kept = Mapping[str, int | Tensor]  # dimension -> how many (a prefix), or which (indices)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of the super-network: where it is, and what its axes mean."""
+
+    path: str  # as in state_dict, e.g. "model.layers.3.mlp.up_proj.weight"
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+    axes: tuple[str, ...]  # in storage order
+    layer: int | None
+    part: Part
+
+
+def rows(model: nn.Module, family: Family) -> Iterator[Row]:
+    """Every parameter that the family table names, adapters of peft's LoRA included."""
+    for path, pattern in family.outer.items():
+        yield from _module_rows(model, path, pattern, None, "outer")
+    parts: tuple[tuple[Part, Mapping[str, str]], ...] = (
+        ("block", family.block),
+        ("attention", family.attention),
+        ("mlp", family.mlp),
+    )
+    for i, layer in enumerate(layers_of(model, family)):
+        for part, table in parts:
+            for path, pattern in table.items():
+                yield from _module_rows(layer, path, pattern, i, part, f"{family.layers}.{i}.")
+
+
+def layers_of(model: nn.Module, family: Family) -> nn.ModuleList:
+    """The decoder layers."""
+    found = model.get_submodule(family.layers)
+    assert isinstance(found, nn.ModuleList)
+    return found
+
+
+def _module_rows(
+    root: nn.Module, path: str, pattern: str, layer: int | None, part: Part, prefix: str = ""
+) -> Iterator[Row]:
+    module = _find(root, path)
+    if module is None:
+        return
+    first, _, second = (side.strip() for side in pattern.partition("->"))
+    out = second or first
+    base = getattr(module, "base_layer", None)
+    if isinstance(base, nn.Module):  # a LoRA layer: A reads the input axis, B writes the output axis
+        for key, a in dict(module.lora_A).items():  # type: ignore[arg-type]
+            b = dict(module.lora_B)[key]  # type: ignore[arg-type]
+            yield Row(f"{prefix}{path}.lora_A.{key}.weight", a, "weight", a.weight, (UNCUT, first), layer, part)
+            yield Row(f"{prefix}{path}.lora_B.{key}.weight", b, "weight", b.weight, (out, UNCUT), layer, part)
+        for name, axes in (("lora_embedding_A", (UNCUT, first)), ("lora_embedding_B", (out, UNCUT))):
+            holder = getattr(module, name, None)
+            for key in dict(holder) if holder is not None else ():
+                yield Row(f"{prefix}{path}.{name}.{key}", holder, key, holder[key], axes, layer, part)  # type: ignore
+        path, module = f"{path}.base_layer", base
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim == 1:
+            axes = (out,)
+        else:  # Linear stores (out, in); Embedding and GPT-2's Conv1D store (in, out)
+            axes = (first, out) if isinstance(module, nn.Embedding | Conv1D) else (out, first)
+        yield Row(f"{prefix}{path}.{name}", module, name, parameter, axes, layer, part)
+
+
+def _find(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        found = root.get_submodule(path)
+    except AttributeError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def check(model: nn.Module, family: Family) -> None:
+    """Every parameter is in the family table, at the size that the config promises.
+
+    Raises UserError naming the first parameter that the table misses, has at another size, or that is not finite.
+    """
+    d, seen = dims(model.config), set()
+    for row in rows(model, family):
+        want = tuple(n if a == UNCUT else size_of(a, d) for a, n in zip(row.axes, row.parameter.shape, strict=True))
+        if tuple(row.parameter.shape) != want:
+            raise UserError(
+                f"{row.path} has shape {tuple(row.parameter.shape)}, but the {family.name} table and the config promise "
+                f"{' x '.join(row.axes)} = {want}; the checkpoint and its config.json do not belong together, or the "
+                "model needs a family table of its own"
+            )
+        seen.add(id(row.parameter))
+    left = [name for name, parameter in model.named_parameters() if id(parameter) not in seen]
+    if left:
+        raise UserError(
+            f"the {family.name} table has no row for {left[0]!r} ({len(left)} parameters are not covered); "
+            "add the missing rows in prunus/families.py"
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
+            raise UserError(f"{name} holds NaN or infinite values; the checkpoint is damaged, fetch or convert it again")
+
+
+def check_subnetwork(config: Any, sub: SubNetwork) -> None:
+    """The sub-network fits inside the super-network; raises UserError with the limit that it breaks."""
+    d = dims(config)
+    if len(sub.layers) != config.num_hidden_layers:
+        raise UserError(f"the sub-network has {len(sub.layers)} layers, the model has {config.num_hidden_layers}")
+    if not 1 <= sub.hidden <= d["hidden"]:
+        raise UserError(f"hidden size {sub.hidden} is outside 1..{d['hidden']}")
+    for i, layer in enumerate(sub.layers):
+        for unit in ("kv_heads", "q_per_kv", "mlp"):
+            if not 0 <= getattr(layer, unit) <= d[unit]:
+                raise UserError(f"layer {i}: {unit} {getattr(layer, unit)} is outside 0..{d[unit]}")
+    if not sub.layers[0].attends:
+        raise UserError("the attention of layer 0 is never dropped: static caches and llama.cpp take their sizes from it")
+
+
+# ------------------------------------------------------------------------------------------------ taking slices
+
+
+def _cut_part(t: Tensor, dim: int, part: str, whole: Mapping[str, int], kept: Kept) -> Tensor:
+    """Keep the members of one product axis; a view where the memory layout allows it."""
+    factors = AXES[part]
+    cut = [k for k, f in enumerate(factors) if not _is_whole(kept[f], whole[f])]
+    if not cut:
+        return t
+    if cut == [0]:  # only the outermost dimension: one narrow, or one row gather
+        inner = t.shape[dim] // whole[factors[0]]
+        which = kept[factors[0]]
+        if isinstance(which, int):
+            return t.narrow(dim, 0, which * inner)
+    t = t.unflatten(dim, [whole[f] for f in factors])
+    for k in cut:
+        which = kept[factors[k]]
+        if isinstance(which, int):
+            t = t.narrow(dim + k, 0, which)
+        else:
+            t = t.index_select(dim + k, which.to(t.device))
+    return t.flatten(dim, dim + len(factors) - 1)
+
+
+def _is_whole(which: int | Tensor, n: int) -> bool:
+    return isinstance(which, int) and which == n
+
+
+def take(t: Tensor, axes: tuple[str, ...], whole: Mapping[str, int], kept: Kept) -> Tensor:
+    """The part of a weight that a sub-network keeps.
+
+    A view if every cut dimension is the outermost of its axis (hidden, neurons, KV groups); query heads inside
+    their groups and fused weights need a copy of that weight, because Hugging Face's layout is group-major.
+    """
+    for dim, axis in enumerate(axes):
+        if axis == UNCUT:
+            continue
+        parts = axis.split("+")
+        if len(parts) == 1:
+            t = _cut_part(t, dim, axis, whole, kept)
+            continue
+        pieces, start = [], 0
+        for part in parts:
+            n = size_of(part, whole)
+            pieces.append(_cut_part(t.narrow(dim, start, n), dim, part, whole, kept))
+            start += n
+        if sum(p.shape[dim] for p in pieces) != t.shape[dim]:
+            t = torch.cat(pieces, dim)
+    return t
+
+
+def kept_dims(whole: Mapping[str, int], hidden: int, shape: LayerShape | None, members: LayerKept | None) -> Kept:
+    """What one layer of a sub-network keeps of every dimension (`shape` None: outside the layers)."""
+    kept: dict[str, int | Tensor] = {**whole, "hidden": hidden}
+    if shape is not None:
+        for unit in ("kv_heads", "q_per_kv", "mlp"):
+            named = getattr(members, unit) if members is not None else None
+            kept[unit] = getattr(shape, unit) if named is None else torch.tensor(named, dtype=torch.long)
+    return kept
+
+
+def _all_kept(model: nn.Module, sub: SubNetwork) -> tuple[dict[str, int], Kept, list[Kept]]:
+    whole = dims(model.config)
+    members: tuple[LayerKept | None, ...] = sub.kept or (None,) * len(sub.layers)
+    inner = [kept_dims(whole, sub.hidden, s, m) for s, m in zip(sub.layers, members, strict=True)]
+    return whole, kept_dims(whole, sub.hidden, None, None), inner
+
+
+def is_dropped(part: Part, shape: LayerShape | None) -> bool:
+    """True if a row of this part is gone in a layer of this shape."""
+    if shape is None or part == "outer":
+        return False
+    if part == "attention":
+        return not shape.attends
+    if part == "mlp":
+        return not shape.mlp
+    return not shape.attends and not shape.mlp
+
+
+# ------------------------------------------------------------------------------------------------------- sorting
+
+
+def sort(model: nn.Module, family: Family, order: Mapping[str, Tensor | list[Tensor]]) -> None:
+    """Permute the super-network **in place**, most important members first; its function does not change.
+
+    order: "hidden" (hidden,), "kv_heads" (layers, groups), "q_per_kv" (layers, groups, heads per group: a permutation
+    inside each *original* group), "mlp" (layers, neurons). Any may be missing. Sukthanker et al. 2024, sec. 4.2.
+    """
+    whole, done = dims(model.config), set()
+    with torch.no_grad():
+        for row in rows(model, family):
+            if id(row.parameter) in done:
+                continue
+            done.add(id(row.parameter))
+            t = row.parameter.data
+            for dim, axis in enumerate(row.axes):
+                if axis == UNCUT:
+                    continue
+                index = _axis_order(axis, whole, order, row.layer)
+                if index is not None:
+                    t = t.index_select(dim, index.to(t.device))
+            row.parameter.data = t.contiguous()
+
+
+def _axis_order(
+    axis: str, whole: Mapping[str, int], order: Mapping[str, Tensor | list[Tensor]], layer: int | None
+) -> Tensor | None:
+    """Row numbers along one axis in the new order, or None if nothing moves."""
+    pieces, start, moved = [], 0, False
+    for part in axis.split("+"):
+        factors, n = AXES[part], size_of(part, whole)
+        index = torch.arange(n).unflatten(0, [whole[f] for f in factors])
+        for k, f in enumerate(factors):
+            if f not in order or (f != "hidden" and layer is None):
+                continue
+            moved = True
+            new = order[f] if f == "hidden" else order[f][layer]  # type: ignore[index]
+            assert isinstance(new, Tensor)
+            if f == "kv_heads" and "q_per_kv" in factors and "q_per_kv" in order:
+                # heads first, inside the groups as they were named; then the groups move with their heads
+                heads = order["q_per_kv"][layer]  # type: ignore[index]
+                index = torch.stack([g.index_select(0, h) for g, h in zip(index, heads, strict=True)])
+            if f == "q_per_kv":
+                if "kv_heads" in order:
+                    continue
+                index = torch.stack([g.index_select(0, h) for g, h in zip(index, new, strict=True)])
+                continue
+            index = index.index_select(k, new.cpu())
+        pieces.append(index.flatten() + start)
+        start += n
+    return torch.cat(pieces) if moved else None
+
+
+# ---------------------------------------------------------------------------------------------------- activation
+
+
+class NoAttention(nn.Module):
+    """Stands where a dropped attention was: adds nothing."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class NoMLP(nn.Module):
+    """Stands where a dropped MLP was: adds nothing."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def drop(layer: nn.Module, family: Family, attention: bool, mlp: bool) -> None:
+    """Replace the named sub-layers of one decoder layer by modules that add nothing (**in place**)."""
+    if attention:
+        layer.set_submodule(family.attention_module, NoAttention())
+    if mlp:
+        for path in family.mlp_modules[:-1]:
+            layer.set_submodule(path, nn.Identity())
+        layer.set_submodule(family.mlp_modules[-1], NoMLP())
+
+
+Override = Mapping[tuple[int, str], Tensor]  # (layer, module path in the layer) -> weight, in its storage order
+
+
+@contextmanager
+def activate(model: nn.Module, family: Family, sub: SubNetwork, override: Override | None = None) -> Iterator[nn.Module]:
+    """Inside the block `model` computes as the sub-network; leaving it restores the model, also after an exception.
+
+    Weights become views of the super-network's (see `take`), so gradients reach the super-network when grad mode is
+    on. Call `backward` inside the block if gradient checkpointing re-runs the forward.
+    override: weights that replace the slice of a module's `weight`, e.g. reformed ones.
+    """
+    check_subnetwork(model.config, sub)
+    undo: list[Callable[[], Any]] = []
+    try:
+        _activate(model, family, sub, override or {}, undo)
+        yield model
+    finally:
+        for restore in reversed(undo):
+            restore()
+
+
+def _activate(
+    model: nn.Module, family: Family, sub: SubNetwork, override: Override, undo: list[Callable[[], Any]]
+) -> None:
+    whole, outer, inner = _all_kept(model, sub)
+    layers = layers_of(model, family)
+    grad = torch.is_grad_enabled()
+    unchanged = [i for i, s in enumerate(sub.layers) if not sub.kept and sub.hidden == whole["hidden"] and s == _whole_layer(whole)]
+    replaced = {(i, f"{path}.weight") for i, path in override}
+    for row in list(rows(model, family)):
+        i = row.layer
+        shape = None if i is None else sub.layers[i]
+        if is_dropped(row.part, shape) and _stands_in(family, row):
+            continue
+        if i in unchanged and not any(layer == i for layer, _ in replaced):
+            continue
+        view = None
+        if i is not None:
+            inside = row.path.removeprefix(f"{family.layers}.{i}.").replace(".base_layer.", ".")
+            if (i, inside) in replaced:
+                view = override[i, inside.removesuffix(".weight")]
+        if view is None:
+            source = row.parameter if grad else row.parameter.data
+            view = take(source, row.axes, whole, outer if i is None else inner[i])
+            if view is source:
+                continue
+        _swap(row, view, grad, undo)
+    for i, shape in enumerate(sub.layers):
+        _fit_layer(layers[i], family, whole, sub.hidden, shape, undo)
+    if sub.hidden != whole["hidden"]:
+        _fit_roots(model, family, {**whole, "hidden": sub.hidden}, undo)
+
+
+def _stands_in(family: Family, row: Row) -> bool:
+    """True if the row's module is replaced where its sub-layer is dropped (a norm beside it still runs)."""
+    inside = row.path.removeprefix(f"{family.layers}.{row.layer}.")
+    return any(inside.startswith(f"{path}.") for path in (family.attention_module, *family.mlp_modules))
+
+
+def _whole_layer(whole: Mapping[str, int]) -> LayerShape:
+    return LayerShape(whole["kv_heads"], whole["q_per_kv"], whole["mlp"])
+
+
+def _swap(row: Row, view: Tensor, grad: bool, undo: list[Callable[[], Any]]) -> None:
+    module, name, parameter = row.module, row.name, row.parameter
+    if isinstance(module, nn.ParameterDict):
+        old = module[name]
+        module._parameters[name] = None
+        undo.append(lambda: module._parameters.__setitem__(name, old))
+        object.__setattr__(module, name, view)
+        undo.append(lambda: module.__dict__.pop(name))
+        return
+    if grad:  # autograd needs the view itself, which cannot be a Parameter
+        del module._parameters[name]
+        object.__setattr__(module, name, view)
+        undo.append(lambda: (module.__dict__.pop(name), module._parameters.__setitem__(name, parameter)))
+    else:  # generate() and lm-eval ask a model's parameters for their device
+        module._parameters[name] = nn.Parameter(view, requires_grad=False)
+        undo.append(lambda: module._parameters.__setitem__(name, parameter))
+    if name == "weight":  # attributes that torch and transformers keep beside the weight
+        if isinstance(module, nn.LayerNorm):
+            _set(module, "normalized_shape", tuple(view.shape), undo)
+        elif isinstance(module, Conv1D):
+            _set(module, "nf", view.shape[1], undo)
+
+
+def _set(owner: Any, name: str, value: Any, undo: list[Callable[[], Any]]) -> None:
+    old = getattr(owner, name)
+    undo.append(lambda: setattr(owner, name, old))
+    setattr(owner, name, value)
+
+
+def _fit_layer(
+    layer: nn.Module,
+    family: Family,
+    whole: Mapping[str, int],
+    hidden: int,
+    shape: LayerShape,
+    undo: list[Callable[[], Any]],
+) -> None:
+    """Set the attributes that a layer's forward reads, and stand-ins for dropped sub-layers."""
+    size = {**whole, "hidden": hidden, "kv_heads": shape.kv_heads, "q_per_kv": shape.q_per_kv, "mlp": shape.mlp}
+    if shape.attends:
+        for path, axis in family.sizes.items():
+            owner, _, name = path.rpartition(".")
+            _set(layer.get_submodule(owner), name, size_of(axis, size), undo)
+        if family.config_sizes:
+            attention = layer.get_submodule(family.attention_module)
+            config = copy.copy(attention.config)
+            for key, axis in family.config_sizes.items():
+                setattr(config, key, size_of(axis, size))
+            _set(attention, "config", config, undo)
+    gone = ([] if shape.attends else [family.attention_module]) + ([] if shape.mlp else list(family.mlp_modules))
+    for path in gone:
+        old = layer.get_submodule(path)
+        undo.append(lambda path=path, old=old: layer.set_submodule(path, old))  # type: ignore[misc]
+    drop(layer, family, attention=not shape.attends, mlp=not shape.mlp)
+
+
+def _fit_roots(model: nn.Module, family: Family, size: Mapping[str, int], undo: list[Callable[[], Any]]) -> None:
+    """Constants that are square roots of a dimension take the value a stock model of the new size computes."""
+    for path, axis in family.roots.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, name)
+        _set(module, name, torch.full_like(old, size_of(axis, size) ** 0.5), undo)
+
+
+# ---------------------------------------------------------------------------------------------------- extraction
+
+
+def state_of(
+    model: nn.Module, family: Family, sub: SubNetwork, override: Override | None = None
+) -> dict[str, Tensor]:
+    """The sub-network's own state_dict, cloned: layers that do nothing are left out and the rest renumbered."""
+    check_subnetwork(model.config, sub)
+    whole, outer, inner = _all_kept(model, sub)
+    number = {old: new for new, old in enumerate(sub.alive)}
+    override = override or {}
+    state: dict[str, Tensor] = {}
+    for row in rows(model, family):
+        i = row.layer
+        if i is None:
+            state[row.path] = take(row.parameter.data, row.axes, whole, outer).clone()
+            continue
+        if i not in number or is_dropped(row.part, sub.layers[i]):
+            continue
+        inside = row.path.removeprefix(f"{family.layers}.{i}.")
+        new = override.get((i, inside.removesuffix(".weight"))) if inside.endswith(".weight") else None
+        if new is None:
+            new = take(row.parameter.data, row.axes, whole, inner[i])
+        state[f"{family.layers}.{number[i]}.{inside}"] = new.to(row.parameter.dtype).clone().contiguous()
+    return state
+
+
+def extract(
+    model: nn.Module, family: Family, sub: SubNetwork, override: Override | None = None, uniform: bool | None = None
+) -> nn.Module:
+    """A new, ordinary Hugging Face model that holds the sub-network's weights.
+
+    A uniform sub-network gives a stock class; any other gives the self-contained ragged class of `prunus.ragged`.
+    uniform: True refuses with UserError what the stock configuration cannot express; None chooses.
+    """
+    from prunus.checkpoint import blank  # the loader knows classes and configs; this file knows shapes
+
+    small = blank(model.config, family, sub, uniform=uniform, dtype=next(model.parameters()).dtype)
+    missing, unexpected = small.load_state_dict(state_of(model, family, sub, override), strict=False)
+    tied = set(getattr(small, "all_tied_weights_keys", None) or getattr(small, "_tied_weights_keys", None) or ())
+    missing = [name for name in missing if name not in tied]
+    assert not missing and not unexpected, (missing, unexpected)
+    device = next(model.parameters()).device
+    return small.to(device).eval()
+
+
+__all__ = ["NoAttention", "NoMLP", "Override", "Row", "activate", "check", "check_subnetwork", "extract", "full", "rows", "sort", "take"]
