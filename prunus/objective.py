@@ -1,0 +1,129 @@
+"""Floor 3: how far a candidate is from the dense model, on fresh tokens, paying only for the layers that differ.
+
+Candidates are judged as they will be shipped: their writers carry reformed weights (`weights`), which the callable
+supplies. Candidates that share their first layers share those layers' forward: a batch is walked like a trie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prunus.slicing import Override, activate
+from prunus.stream import LayerStream
+from prunus.subnetwork import SubNetwork
+
+Weights = Callable[[SubNetwork], Override]
+
+
+def no_weights(_: SubNetwork) -> Override:
+    """Candidates keep the super-network's own weights: the papers' setting."""
+    return {}
+
+
+def kl_from_logits(dense: Tensor, candidate: Tensor) -> Tensor:
+    """KL(dense || candidate) in nats of two sets of logits (..., vocab) -> (...), computed in float32."""
+    log_p = torch.log_softmax(dense.float(), -1)
+    log_q = torch.log_softmax(candidate.float(), -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@dataclass
+class Divergence:
+    """Quality of candidates on windows drawn from a pool of token windows (n, length).
+
+    `measure` returns one value per window, so that candidates can be compared in pairs.
+    kind "kl": KL(dense || candidate), "ppl": negative log-likelihood of the next token; both in nats per position.
+    stride: every how many positions the head is evaluated (the head is a large share of a small model).
+    """
+
+    stream: LayerStream
+    pool: Tensor
+    weights: Weights = no_weights
+    kind: Literal["kl", "ppl"] = "kl"
+    windows: tuple[int, ...] = (4, 16)  # windows evaluated at each rung
+    stride: int = 4
+    micro: int = 2  # windows that run together
+    seed: int = 0
+    forward_tokens: float = 0.0
+    _dense: dict[int, Tensor] = field(default_factory=dict)
+
+    def draw(self, draw: int, rung: int) -> list[int]:
+        """The windows of one draw: the same for the same (seed, draw, rung), other ones for another draw."""
+        n = min(self.windows[rung], len(self.pool))
+        generator = torch.Generator().manual_seed(hash((self.seed, draw)) % (1 << 62))
+        return sorted(torch.randperm(len(self.pool), generator=generator)[:n].tolist())
+
+    def __call__(self, subs: Sequence[SubNetwork], draw: int, rung: int) -> list[list[float]]:
+        return self.measure(subs, self.draw(draw, rung))
+
+    @torch.no_grad()
+    def measure(self, subs: Sequence[SubNetwork], windows: Sequence[int]) -> list[list[float]]:
+        """Mean divergence of each candidate on each of the given windows: one list per candidate."""
+        order = sorted(range(len(subs)), key=lambda c: _path(subs[c]))
+        overrides = [self.weights(sub) for sub in subs]
+        values: list[list[float]] = [[] for _ in subs]
+        for start in range(0, len(windows), self.micro):
+            batch = list(windows[start : start + self.micro])
+            ids = self.pool[batch]
+            reference = self._reference(batch, ids)
+            trail: list[Tensor] = []  # hidden states before each layer of the last candidate
+            last: SubNetwork | None = None
+            for c in order:
+                sub = subs[c]
+                shared = _shared_layers(last, sub) if last is not None else 0
+                with activate(self.stream.model, self.stream.family, sub, overrides[c]):
+                    if not trail or last is None or last.hidden != sub.hidden:
+                        trail = [self.stream.embed(ids)]
+                    trail = self._finish(trail[: shared + 1])
+                    values[c] += self._values(trail[-1], reference, ids)
+                last = sub
+        return values
+
+    def _finish(self, trail: list[Tensor]) -> list[Tensor]:
+        for i in range(len(trail) - 1, len(self.stream)):
+            trail.append(self.stream.run(i, trail[-1]))
+            self.forward_tokens += trail[-1].shape[0] * trail[-1].shape[1] / len(self.stream)
+        return trail
+
+    def _positions(self, hidden: Tensor) -> Tensor:
+        return hidden[:, self.stride - 1 : -1 : self.stride]
+
+    def _reference(self, batch: list[int], ids: Tensor) -> Tensor | None:
+        """Dense log-probabilities at the measured positions; the dense model runs once per window in all."""
+        if self.kind == "ppl":
+            return None
+        new = [k for k, w in enumerate(batch) if w not in self._dense]
+        if new:
+            hidden = self.stream.run_from(0, self.stream.embed(ids[new]))
+            self.forward_tokens += hidden.shape[0] * hidden.shape[1]
+            for k, h in zip(new, self._positions(hidden), strict=True):
+                self._dense[batch[k]] = h.clone()
+        return self.stream.logits(torch.stack([self._dense[w] for w in batch]))
+
+    def _values(self, hidden: Tensor, reference: Tensor | None, ids: Tensor) -> list[float]:
+        logits = self.stream.logits(self._positions(hidden))
+        if reference is not None:
+            return [float(kl_from_logits(p, q).mean()) for p, q in zip(reference, logits, strict=True)]
+        targets = ids[:, self.stride :: self.stride][:, : logits.shape[1]].to(logits.device)
+        return [
+            float(torch.nn.functional.cross_entropy(row.float(), target))
+            for row, target in zip(logits, targets, strict=True)
+        ]
+
+
+def _path(sub: SubNetwork) -> tuple[object, ...]:
+    kept = [repr(k) for k in sub.kept] or [""] * len(sub.layers)
+    return (sub.hidden, *((s.kv_heads, s.q_per_kv, s.mlp, k) for s, k in zip(sub.layers, kept, strict=True)))
+
+
+def _shared_layers(a: SubNetwork, b: SubNetwork) -> int:
+    """How many first layers two sub-networks have in common (0 if their hidden sizes differ)."""
+    if a.hidden != b.hidden:
+        return 0
+    first, second = _path(a)[1:], _path(b)[1:]
+    return next((i for i, (x, y) in enumerate(zip(first, second, strict=True)) if x != y), len(first))
