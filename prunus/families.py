@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from prunus.errors import UserError
 from prunus.subnetwork import LayerShape, SubNetwork
@@ -29,6 +29,7 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "q_per_kv": ("q_per_kv",),
     }
 )
+Part = Literal["outer", "block", "attention", "mlp"]
 UNCUT = "uncut"  # an axis that no sub-network cuts (the rank of a LoRA update)
 
 
@@ -331,3 +332,14 @@ def size_of(axis: str, d: Mapping[str, int]) -> int:
             n *= d[dimension]
         total += n
     return total
+
+
+def is_dropped(part: Part, shape: LayerShape | None) -> bool:
+    """True if a row of this part is gone in a layer of this shape."""
+    if shape is None or part == "outer":
+        return False
+    if part == "attention":
+        return not shape.attends
+    if part == "mlp":
+        return not shape.mlp
+    return not shape.attends and not shape.mlp

@@ -10,17 +10,16 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunus.errors import UserError
-from prunus.families import AXES, UNCUT, Family, dims, full, size_of
+from prunus.families import AXES, UNCUT, Family, Part, dims, full, is_dropped, size_of
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
-Part = Literal["outer", "block", "attention", "mlp"]
 Kept = Mapping[str, int | Tensor]  # dimension -> how many (a prefix), or which (indices)
 
 
@@ -80,7 +79,7 @@ def _module_rows(
         path, module = f"{path}.base_layer", base
     for name, parameter in module.named_parameters(recurse=False):
         if parameter.ndim == 1:
-            axes = (out,)
+            axes: tuple[str, ...] = (out,)
         else:  # Linear stores (out, in); Embedding and GPT-2's Conv1D store (in, out)
             axes = (first, out) if isinstance(module, nn.Embedding | Conv1D) else (out, first)
         yield Row(f"{prefix}{path}.{name}", module, name, parameter, axes, layer, part)
@@ -149,7 +148,7 @@ def _cut_part(t: Tensor, dim: int, part: str, whole: Mapping[str, int], kept: Ke
         which = kept[factors[0]]
         if isinstance(which, int):
             return t.narrow(dim, 0, which * inner)
-    t = t.unflatten(dim, [whole[f] for f in factors])
+    t = _unflatten(t, dim, [whole[f] for f in factors])
     for k in cut:
         which = kept[factors[k]]
         if isinstance(which, int):
@@ -157,6 +156,10 @@ def _cut_part(t: Tensor, dim: int, part: str, whole: Mapping[str, int], kept: Ke
         else:
             t = t.index_select(dim + k, which.to(t.device))
     return t.flatten(dim, dim + len(factors) - 1)
+
+
+def _unflatten(t: Tensor, dim: int, sizes: list[int]) -> Tensor:
+    return t.view(*t.shape[:dim], *sizes, *t.shape[dim + 1 :])
 
 
 def _is_whole(which: int | Tensor, n: int) -> bool:
@@ -203,17 +206,6 @@ def _all_kept(model: nn.Module, sub: SubNetwork) -> tuple[dict[str, int], Kept, 
     return whole, kept_dims(whole, sub.hidden, None, None), inner
 
 
-def is_dropped(part: Part, shape: LayerShape | None) -> bool:
-    """True if a row of this part is gone in a layer of this shape."""
-    if shape is None or part == "outer":
-        return False
-    if part == "attention":
-        return not shape.attends
-    if part == "mlp":
-        return not shape.mlp
-    return not shape.attends and not shape.mlp
-
-
 # ------------------------------------------------------------------------------------------------------- sorting
 
 
@@ -246,7 +238,7 @@ def _axis_order(
     pieces, start, moved = [], 0, False
     for part in axis.split("+"):
         factors, n = AXES[part], size_of(part, whole)
-        index = torch.arange(n).unflatten(0, [whole[f] for f in factors])
+        index = torch.arange(n).view([whole[f] for f in factors])
         for k, f in enumerate(factors):
             if f not in order or (f != "hidden" and layer is None):
                 continue
@@ -469,4 +461,22 @@ def extract(
     return small.to(device).eval()
 
 
-__all__ = ["NoAttention", "NoMLP", "Override", "Row", "activate", "check", "check_subnetwork", "extract", "full", "rows", "sort", "take"]
+__all__ = [
+    "NoAttention",
+    "NoMLP",
+    "Override",
+    "Part",
+    "Row",
+    "activate",
+    "check",
+    "check_subnetwork",
+    "extract",
+    "full",
+    "is_dropped",
+    "kept_dims",
+    "layers_of",
+    "rows",
+    "sort",
+    "state_of",
+    "take",
+]
