@@ -16,7 +16,9 @@ Curves = tuple[list[np.ndarray], list[np.ndarray]]
 
 def curves(seed: int, blocks: int = 5, levels: int = 5, integers: bool = True) -> Curves:
     rng = np.random.default_rng(seed)
-    costs = [rng.integers(0, 40, levels).astype(float) if integers else rng.uniform(0, 40, levels) for _ in range(blocks)]
+    costs = [
+        rng.integers(0, 40, levels).astype(float) if integers else rng.uniform(0, 40, levels) for _ in range(blocks)
+    ]
     return costs, [rng.uniform(0, 1, levels) for _ in range(blocks)]
 
 
