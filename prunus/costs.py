@@ -1,4 +1,4 @@
-"""Floor 1: what a sub-network costs, from shapes alone: parameters, bytes, FLOPs. No torch, no weights.
+"""Floor 1: what a sub-network costs, from shapes alone: parameters, bytes, FLOPs. Needs no weights.
 
 Every count is a polynomial of four widths (hidden, KV groups, query heads per group, neurons) whose coefficients come
 from the family table once; a candidate of 30 layers then costs some microseconds.
@@ -10,9 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
-from prunus.families import AXES, Family, Part, dims, is_dropped
+from torch import nn
+
+from prunus.families import AXES, UNCUT, Family, Part, dims, is_dropped
+from prunus.rows import layers_of, rows
 from prunus.subnetwork import LayerShape, SubNetwork
 
 Of = Literal["blocks", "all"]
@@ -26,7 +29,7 @@ class Entry:
     """One parameter of the super-network, as data."""
 
     path: str  # as in state_dict of the model without adapters
-    axes: tuple[str, ...]  # (output, input) of a matrix, whatever its storage order; one axis of a norm or a bias
+    axes: tuple[str, ...]  # in storage order
     layer: int | None
     part: Part
     ties: str | None = None  # path of the first entry that shares this parameter; it is counted there
@@ -43,46 +46,32 @@ class Layout:
     matrices: Mapping[tuple[int | None, Part], Polynomial]  # the same, only weights that every token is multiplied by
 
 
-def layout(model: Any, family: Family) -> Layout:
-    """The layout of a super-network; the model may live on the meta device, and may carry LoRA adapters (not counted)."""
+def layout(model: nn.Module, family: Family) -> Layout:
+    """The layout of a super-network, which may live on the meta device and carry LoRA adapters (not counted)."""
     whole = dims(model.config)
     entries = tuple(_entries(model, family))
-    n_layers = len(model.get_submodule(family.layers))
+    looked_up = {f"{path}.weight" for path, row in family.outer.items() if row.startswith(("vocab ->", "positions ->"))}
+    multiplied = (e for e in entries if len(e.axes) == 2 and e.path not in looked_up)
     return Layout(
         entries=entries,
         whole=MappingProxyType(whole),
-        n_layers=n_layers,
+        n_layers=len(layers_of(model, family)),
         sizes=_by_part((e for e in entries if e.ties is None), whole),
-        matrices=_by_part((e for e in entries if len(e.axes) == 2 and e.axes[1] not in ("vocab", "positions")), whole),
+        matrices=_by_part(multiplied, whole),
     )
 
 
-def _entries(model: Any, family: Family) -> Iterator[Entry]:
+def _entries(model: nn.Module, family: Family) -> Iterator[Entry]:
     first: dict[int, str] = {}
-    tables: list[tuple[int | None, Part, str, Mapping[str, str]]] = [(None, "outer", "", family.outer)]
-    for i in range(len(model.get_submodule(family.layers))):
-        prefix = f"{family.layers}.{i}."
-        tables += [(i, "block", prefix, family.block), (i, "attention", prefix, family.attention)]
-        tables += [(i, "mlp", prefix, family.mlp)]
-    for layer, part, prefix, table in tables:
-        for inside, pattern in table.items():
-            path = prefix + inside
-            try:
-                module = model.get_submodule(path)
-            except AttributeError:  # a row that this configuration does not build
-                continue
-            source, _, target = (side.strip() for side in pattern.partition("->"))
-            module = getattr(module, "base_layer", module)  # below a LoRA adapter
-            for name, parameter in module.named_parameters(recurse=False):
-                axes = (target or source,) if parameter.ndim == 1 else (target, source)
-                here = f"{path}.{name}"
-                ties = first.setdefault(id(parameter), here)
-                yield Entry(here, axes, layer, part, None if ties == here else ties)
+    for row in rows(model, family):
+        if UNCUT in row.axes:  # an adapter's
+            continue
+        path = row.path.replace(".base_layer.", ".")
+        ties = first.setdefault(id(row.parameter), path)
+        yield Entry(path, row.axes, row.layer, row.part, None if ties == path else ties)
 
 
-def _by_part(
-    entries: Iterable[Entry], whole: Mapping[str, int]
-) -> Mapping[tuple[int | None, Part], Polynomial]:
+def _by_part(entries: Iterable[Entry], whole: Mapping[str, int]) -> Mapping[tuple[int | None, Part], Polynomial]:
     sums: dict[tuple[int | None, Part], Counter[tuple[int, ...]]] = {}
     for entry in entries:
         product: Counter[tuple[int, ...]] = Counter({(0, 0, 0, 0): 1})
@@ -119,9 +108,7 @@ def _value(polynomial: Polynomial, hidden: int, kv_heads: int, q_per_kv: int, ml
     return sum(n * hidden**h * kv_heads**k * q_per_kv**q * mlp**m for n, h, k, q, m in polynomial)
 
 
-def _sum(
-    layout: Layout, table: Mapping[tuple[int | None, Part], Polynomial], sub: SubNetwork, outer: bool
-) -> int:
+def _sum(layout: Layout, table: Mapping[tuple[int | None, Part], Polynomial], sub: SubNetwork, outer: bool) -> int:
     if len(sub.layers) != layout.n_layers:
         raise ValueError(f"the sub-network has {len(sub.layers)} layers, the layout has {layout.n_layers}")
     total = _value(table.get((None, "outer"), ()), sub.hidden, 0, 0, 0) if outer else 0

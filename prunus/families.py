@@ -1,6 +1,6 @@
 """Floor 1: which axis of which weight is which dimension. One table per family, and nothing else about models.
 
-Everything derives from these tables: check, count, importance, sort, activate, extract, LoRA targets, Gram hooks, export.
+Everything derives from these tables: check, count, importance, sort, activate, extract, LoRA targets, export.
 A row reads `module path: "input axis -> output axis"`, or one axis for a norm. Fused weights are sums of axes.
 """
 
@@ -132,9 +132,7 @@ GEMMA2 = replace(
     post_norm=True,
 )
 
-GEMMA3 = replace(
-    GEMMA2, name="gemma3", model_types=("gemma3_text",), attention={**GEMMA2.attention, **_HEAD_NORMS}
-)
+GEMMA3 = replace(GEMMA2, name="gemma3", model_types=("gemma3_text",), attention={**GEMMA2.attention, **_HEAD_NORMS})
 
 OLMO2 = replace(
     LLAMA,
@@ -320,7 +318,9 @@ def dims(config: Any, layer: LayerShape | None = None, hidden: int | None = None
 def full(config: Any) -> SubNetwork:
     """The sub-network that keeps everything."""
     d = dims(config)
-    return SubNetwork(d["hidden"], (LayerShape(d["kv_heads"], d["q_per_kv"], d["mlp"]),) * int(config.num_hidden_layers))
+    return SubNetwork(
+        d["hidden"], (LayerShape(d["kv_heads"], d["q_per_kv"], d["mlp"]),) * int(config.num_hidden_layers)
+    )
 
 
 def size_of(axis: str, d: Mapping[str, int]) -> int:

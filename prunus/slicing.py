@@ -1,4 +1,4 @@
-"""Floor 2: the only file that touches the shape of a weight: check, sort, activate, extract.
+"""Floor 2: the only file that touches the shape of a weight: sort, activate, extract.
 
 Importance is used once, to permute the super-network in place; from then on a sub-network is only *how many* to
 keep, a prefix along each dimension. `activate` and `extract` run through the same `take`, so they agree exactly.
@@ -10,7 +10,8 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,105 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from prunus.errors import UserError
 from prunus.families import AXES, UNCUT, Family, Part, dims, full, is_dropped, size_of
+from prunus.rows import Row, check, layers_of, rows
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
 Kept = Mapping[str, int | Tensor]  # dimension -> how many (a prefix), or which (indices)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One parameter of the super-network: where it is, and what its axes mean."""
-
-    path: str  # as in state_dict, e.g. "model.layers.3.mlp.up_proj.weight"
-    module: nn.Module
-    name: str
-    parameter: nn.Parameter
-    axes: tuple[str, ...]  # in storage order
-    layer: int | None
-    part: Part
-
-
-def rows(model: nn.Module, family: Family) -> Iterator[Row]:
-    """Every parameter that the family table names, adapters of peft's LoRA included."""
-    for path, pattern in family.outer.items():
-        yield from _module_rows(model, path, pattern, None, "outer")
-    parts: tuple[tuple[Part, Mapping[str, str]], ...] = (
-        ("block", family.block),
-        ("attention", family.attention),
-        ("mlp", family.mlp),
-    )
-    for i, layer in enumerate(layers_of(model, family)):
-        for part, table in parts:
-            for path, pattern in table.items():
-                yield from _module_rows(layer, path, pattern, i, part, f"{family.layers}.{i}.")
-
-
-def layers_of(model: nn.Module, family: Family) -> nn.ModuleList:
-    """The decoder layers."""
-    found = model.get_submodule(family.layers)
-    assert isinstance(found, nn.ModuleList)
-    return found
-
-
-def _module_rows(
-    root: nn.Module, path: str, pattern: str, layer: int | None, part: Part, prefix: str = ""
-) -> Iterator[Row]:
-    module = _find(root, path)
-    if module is None:
-        return
-    first, _, second = (side.strip() for side in pattern.partition("->"))
-    out = second or first
-    base = getattr(module, "base_layer", None)
-    if isinstance(base, nn.Module):  # a LoRA layer: A reads the input axis, B writes the output axis
-        for key, a in dict(module.lora_A).items():  # type: ignore[arg-type]
-            b = dict(module.lora_B)[key]  # type: ignore[arg-type]
-            yield Row(f"{prefix}{path}.lora_A.{key}.weight", a, "weight", a.weight, (UNCUT, first), layer, part)
-            yield Row(f"{prefix}{path}.lora_B.{key}.weight", b, "weight", b.weight, (out, UNCUT), layer, part)
-        for name, axes in (("lora_embedding_A", (UNCUT, first)), ("lora_embedding_B", (out, UNCUT))):
-            holder = getattr(module, name, None)
-            for key in dict(holder) if holder is not None else ():
-                yield Row(f"{prefix}{path}.{name}.{key}", holder, key, holder[key], axes, layer, part)  # type: ignore
-        path, module = f"{path}.base_layer", base
-    for name, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim == 1:
-            axes: tuple[str, ...] = (out,)
-        else:  # Linear stores (out, in); Embedding and GPT-2's Conv1D store (in, out)
-            axes = (first, out) if isinstance(module, nn.Embedding | Conv1D) else (out, first)
-        yield Row(f"{prefix}{path}.{name}", module, name, parameter, axes, layer, part)
-
-
-def _find(root: nn.Module, path: str) -> nn.Module | None:
-    try:
-        found = root.get_submodule(path)
-    except AttributeError:
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def check(model: nn.Module, family: Family) -> None:
-    """Every parameter is in the family table, at the size that the config promises.
-
-    Raises UserError naming the first parameter that the table misses, has at another size, or that is not finite.
-    """
-    d, seen = dims(model.config), set()
-    for row in rows(model, family):
-        want = tuple(n if a == UNCUT else size_of(a, d) for a, n in zip(row.axes, row.parameter.shape, strict=True))
-        if tuple(row.parameter.shape) != want:
-            raise UserError(
-                f"{row.path} has shape {tuple(row.parameter.shape)}, but the {family.name} table and the config promise "
-                f"{' x '.join(row.axes)} = {want}; the checkpoint and its config.json do not belong together, or the "
-                "model needs a family table of its own"
-            )
-        seen.add(id(row.parameter))
-    left = [name for name, parameter in model.named_parameters() if id(parameter) not in seen]
-    if left:
-        raise UserError(
-            f"the {family.name} table has no row for {left[0]!r} ({len(left)} parameters are not covered); "
-            "add the missing rows in prunus/families.py"
-        )
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
-            raise UserError(f"{name} holds NaN or infinite values; the checkpoint is damaged, fetch or convert it again")
+Override = Mapping[tuple[int, str], Tensor]  # (layer, module path in the layer) -> weight, in its storage order
 
 
 def check_subnetwork(config: Any, sub: SubNetwork) -> None:
@@ -131,7 +38,10 @@ def check_subnetwork(config: Any, sub: SubNetwork) -> None:
             if not 0 <= getattr(layer, unit) <= d[unit]:
                 raise UserError(f"layer {i}: {unit} {getattr(layer, unit)} is outside 0..{d[unit]}")
     if not sub.layers[0].attends:
-        raise UserError("the attention of layer 0 is never dropped: static caches and llama.cpp take their sizes from it")
+        raise UserError(
+            "the attention of layer 0 is never dropped: static caches and llama.cpp take their sizes from it; "
+            "keep at least one KV group there"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ taking slices
@@ -172,20 +82,22 @@ def take(t: Tensor, axes: tuple[str, ...], whole: Mapping[str, int], kept: Kept)
     A view if every cut dimension is the outermost of its axis (hidden, neurons, KV groups); query heads inside
     their groups and fused weights need a copy of that weight, because Hugging Face's layout is group-major.
     """
-    for dim, axis in enumerate(axes):
+    # views first, so that what has to be copied is small by then
+    for dim, axis in sorted(enumerate(axes), key=lambda at: len(AXES.get(at[1], at[1]))):
         if axis == UNCUT:
             continue
         parts = axis.split("+")
         if len(parts) == 1:
             t = _cut_part(t, dim, axis, whole, kept)
             continue
+        if all(_is_whole(kept[f], whole[f]) for part in parts for f in AXES[part]):
+            continue
         pieces, start = [], 0
         for part in parts:
             n = size_of(part, whole)
             pieces.append(_cut_part(t.narrow(dim, start, n), dim, part, whole, kept))
             start += n
-        if sum(p.shape[dim] for p in pieces) != t.shape[dim]:
-            t = torch.cat(pieces, dim)
+        t = torch.cat(pieces, dim)
     return t
 
 
@@ -215,6 +127,8 @@ def sort(model: nn.Module, family: Family, order: Mapping[str, Tensor | list[Ten
     order: "hidden" (hidden,), "kv_heads" (layers, groups), "q_per_kv" (layers, groups, heads per group: a permutation
     inside each *original* group), "mlp" (layers, neurons). Any may be missing. Sukthanker et al. 2024, sec. 4.2.
     """
+    _check_whole(model)
+    _check_order(order)
     whole, done = dims(model.config), set()
     with torch.no_grad():
         for row in rows(model, family):
@@ -229,6 +143,15 @@ def sort(model: nn.Module, family: Family, order: Mapping[str, Tensor | list[Ten
                 if index is not None:
                     t = t.index_select(dim, index.to(t.device))
             row.parameter.data = t.contiguous()
+
+
+def _check_order(order: Mapping[str, Tensor | list[Tensor]]) -> None:
+    for unit, new in order.items():
+        if unit not in ("hidden", "kv_heads", "q_per_kv", "mlp"):
+            raise ValueError(f"an order names hidden, kv_heads, q_per_kv or mlp, not {unit!r}")
+        for one in [new] if isinstance(new, Tensor) else new:
+            if not torch.equal(one.sort(dim=-1).values.cpu(), torch.arange(one.shape[-1]).expand(one.shape)):
+                raise ValueError(f"the order of {unit} is no permutation: a member is missing or named twice")
 
 
 def _axis_order(
@@ -287,47 +210,83 @@ def drop(layer: nn.Module, family: Family, attention: bool, mlp: bool) -> None:
         layer.set_submodule(family.mlp_modules[-1], NoMLP())
 
 
-Override = Mapping[tuple[int, str], Tensor]  # (layer, module path in the layer) -> weight, in its storage order
+@dataclass
+class _Active:
+    """What a model computes as at the moment, and how to undo it."""
+
+    family: Family
+    sub: SubNetwork
+    override: Override
+    grad: bool
+    undo: list[Callable[[], Any]]
+
+    def enter(self, model: nn.Module) -> None:
+        try:
+            _activate(model, self)
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        while self.undo:
+            self.undo.pop()()
+
+
+_ACTIVE: WeakKeyDictionary[nn.Module, _Active] = WeakKeyDictionary()
 
 
 @contextmanager
-def activate(model: nn.Module, family: Family, sub: SubNetwork, override: Override | None = None) -> Iterator[nn.Module]:
+def activate(
+    model: nn.Module, family: Family, sub: SubNetwork, override: Override | None = None
+) -> Iterator[nn.Module]:
     """Inside the block `model` computes as the sub-network; leaving it restores the model, also after an exception.
 
     Weights become views of the super-network's (see `take`), so gradients reach the super-network when grad mode is
-    on. Call `backward` inside the block if gradient checkpointing re-runs the forward.
+    on. Call `backward` inside the block if gradient checkpointing re-runs the forward. A block inside another one
+    activates its own sub-network of the whole super-network, and leaving it returns to the outer one's.
     override: weights that replace the slice of a module's `weight`, e.g. reformed ones.
     """
     check_subnetwork(model.config, sub)
-    undo: list[Callable[[], Any]] = []
+    outer = _ACTIVE.get(model)
+    active = _Active(family, sub, override or {}, torch.is_grad_enabled(), [])
+    if outer is not None:
+        outer.leave()
     try:
-        _activate(model, family, sub, override or {}, undo)
+        active.enter(model)
+        _ACTIVE[model] = active
         yield model
     finally:
-        for restore in reversed(undo):
-            restore()
+        active.leave()
+        if outer is None:
+            _ACTIVE.pop(model, None)
+        else:
+            _ACTIVE[model] = outer
+            outer.enter(model)
 
 
-def _activate(
-    model: nn.Module, family: Family, sub: SubNetwork, override: Override, undo: list[Callable[[], Any]]
-) -> None:
+def _check_whole(model: nn.Module) -> None:
+    if model in _ACTIVE:
+        raise RuntimeError("a sub-network is active: leave `activate` before sorting or extracting the super-network")
+
+
+def _activate(model: nn.Module, active: _Active) -> None:
+    family, sub, override, grad, undo = active.family, active.sub, active.override, active.grad, active.undo
     whole, outer, inner = _all_kept(model, sub)
     layers = layers_of(model, family)
-    grad = torch.is_grad_enabled()
-    unchanged = [i for i, s in enumerate(sub.layers) if not sub.kept and sub.hidden == whole["hidden"] and s == _whole_layer(whole)]
-    replaced = {(i, f"{path}.weight") for i, path in override}
+    same_hidden = sub.hidden == whole["hidden"] and not sub.kept
+    unchanged = {i for i, shape in enumerate(sub.layers) if same_hidden and shape == _whole_layer(whole)}
+    unchanged -= {i for i, _ in override}
     for row in list(rows(model, family)):
         i = row.layer
         shape = None if i is None else sub.layers[i]
         if is_dropped(row.part, shape) and _stands_in(family, row):
             continue
-        if i in unchanged and not any(layer == i for layer, _ in replaced):
+        if i in unchanged:
             continue
         view = None
-        if i is not None:
-            inside = row.path.removeprefix(f"{family.layers}.{i}.").replace(".base_layer.", ".")
-            if (i, inside) in replaced:
-                view = override[i, inside.removesuffix(".weight")]
+        if i is not None and row.name == "weight":
+            inside = row.path.removeprefix(f"{family.layers}.{i}.").removesuffix(".weight")
+            view = override.get((i, inside.removesuffix(".base_layer")))
         if view is None:
             source = row.parameter if grad else row.parameter.data
             view = take(source, row.axes, whole, outer if i is None else inner[i])
@@ -352,20 +311,11 @@ def _whole_layer(whole: Mapping[str, int]) -> LayerShape:
 
 def _swap(row: Row, view: Tensor, grad: bool, undo: list[Callable[[], Any]]) -> None:
     module, name, parameter = row.module, row.name, row.parameter
-    if isinstance(module, nn.ParameterDict):
-        old = module[name]
-        module._parameters[name] = None
-        undo.append(lambda: module._parameters.__setitem__(name, old))
-        object.__setattr__(module, name, view)
-        undo.append(lambda: module.__dict__.pop(name))
-        return
-    if grad:  # autograd needs the view itself, which cannot be a Parameter
-        del module._parameters[name]
-        object.__setattr__(module, name, view)
-        undo.append(lambda: (module.__dict__.pop(name), module._parameters.__setitem__(name, parameter)))
-    else:  # generate() and lm-eval ask a model's parameters for their device
-        module._parameters[name] = nn.Parameter(view, requires_grad=False)
-        undo.append(lambda: module._parameters.__setitem__(name, parameter))
+    # autograd needs the view itself, which is no Parameter; it stands in the parameters' dict all the same (as in
+    # torch.func.functional_call), because generate() and lm-eval ask a model's parameters for their device
+    held = cast(dict[str, Tensor], module._parameters)
+    held[name] = view if grad else nn.Parameter(view, requires_grad=False)
+    undo.append(lambda: held.__setitem__(name, parameter))
     if name == "weight":  # attributes that torch and transformers keep beside the weight
         if isinstance(module, nn.LayerNorm):
             _set(module, "normalized_shape", tuple(view.shape), undo)
@@ -418,11 +368,10 @@ def _fit_roots(model: nn.Module, family: Family, size: Mapping[str, int], undo: 
 # ---------------------------------------------------------------------------------------------------- extraction
 
 
-def state_of(
-    model: nn.Module, family: Family, sub: SubNetwork, override: Override | None = None
-) -> dict[str, Tensor]:
+def state_of(model: nn.Module, family: Family, sub: SubNetwork, override: Override | None = None) -> dict[str, Tensor]:
     """The sub-network's own state_dict, cloned: layers that do nothing are left out and the rest renumbered."""
     check_subnetwork(model.config, sub)
+    _check_whole(model)
     whole, outer, inner = _all_kept(model, sub)
     number = {old: new for new, old in enumerate(sub.alive)}
     override = override or {}
@@ -457,8 +406,8 @@ def extract(
     tied = set(getattr(small, "all_tied_weights_keys", None) or getattr(small, "_tied_weights_keys", None) or ())
     missing = [name for name in missing if name not in tied]
     assert not missing and not unexpected, (missing, unexpected)
-    device = next(model.parameters()).device
-    return small.to(device).eval()
+    small.to(next(model.parameters()).device)
+    return small.eval()
 
 
 __all__ = [
