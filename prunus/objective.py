@@ -6,7 +6,7 @@ supplies. Candidates that share their first layers share those layers' forward: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,10 +34,11 @@ def kl_from_logits(dense: Tensor, candidate: Tensor) -> Tensor:
 
 @dataclass
 class Divergence:
-    """Quality of candidates on windows drawn from a pool of token windows (n, length).
+    """Quality of candidates on windows drawn from pools of token windows (n, length).
 
-    `measure` returns one value per window, so that candidates can be compared in pairs.
+    Gives one value per window, so that candidates can be compared in pairs (the `Objective` of a search).
     kind "kl": KL(dense || candidate), "ppl": negative log-likelihood of the next token; both in nats per position.
+    holdout: windows for negative draws, which no search draw sees.
     stride: every how many positions the head is evaluated (the head is a large share of a small model).
     """
 
@@ -46,64 +47,94 @@ class Divergence:
     weights: Weights = no_weights
     kind: Literal["kl", "ppl"] = "kl"
     windows: tuple[int, ...] = (4, 16)  # windows evaluated at each rung
+    holdout: Tensor | None = None
     stride: int = 4
     micro: int = 2  # windows that run together
     seed: int = 0
     forward_tokens: float = 0.0
-    _dense: dict[int, Tensor] = field(default_factory=dict)
+    _dense: dict[tuple[bool, int], Tensor] = field(default_factory=dict)
 
     def draw(self, draw: int, rung: int) -> list[int]:
-        """The windows of one draw: the same for the same (seed, draw, rung), other ones for another draw."""
-        n = min(self.windows[rung], len(self.pool))
-        generator = torch.Generator().manual_seed(hash((self.seed, draw)) % (1 << 62))
-        return sorted(torch.randperm(len(self.pool), generator=generator)[:n].tolist())
+        """The windows of one draw: the same for the same (seed, draw, rung), other ones for another draw.
 
-    def __call__(self, subs: Sequence[SubNetwork], draw: int, rung: int) -> list[list[float]]:
-        return self.measure(subs, self.draw(draw, rung))
+        Search draws walk through the pool without repeating a window until it is used up.
+        """
+        pool = self._pool(draw)
+        n = min(self.windows[rung], len(pool))
+        step = max(1, len(pool) // max(self.windows))
+        lap, place = divmod(abs(draw), step)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + lap * 2 + (draw < 0))
+        order = torch.randperm(len(pool), generator=generator)
+        return sorted(order.roll(-place * min(max(self.windows), len(pool)))[:n].tolist())
 
-    @torch.no_grad()
-    def measure(self, subs: Sequence[SubNetwork], windows: Sequence[int]) -> list[list[float]]:
+    def n_tokens(self, rung: int) -> int:
+        """Forward tokens of one candidate that shares no layer with another."""
+        return min(self.windows[rung], len(self.pool)) * int(self.pool.shape[1])
+
+    def __call__(self, subs: Sequence[SubNetwork], draw: int, rung: int) -> Iterator[list[float]]:
+        yield from self._measure(subs, self.draw(draw, rung), draw < 0)
+
+    def measure(self, subs: Sequence[SubNetwork], windows: Sequence[int], holdout: bool = False) -> list[list[float]]:
         """Mean divergence of each candidate on each of the given windows: one list per candidate."""
         order = sorted(range(len(subs)), key=lambda c: _path(subs[c]))
-        overrides = [self.weights(sub) for sub in subs]
-        values: list[list[float]] = [[] for _ in subs]
-        for start in range(0, len(windows), self.micro):
-            batch = list(windows[start : start + self.micro])
-            ids = self.pool[batch]
-            reference = self._reference(batch, ids)
-            trail: list[Tensor] = []  # hidden states before each layer of the last candidate
-            last: SubNetwork | None = None
-            for c in order:
-                sub = subs[c]
-                shared = _shared_layers(last, sub) if last is not None else 0
-                with activate(self.stream.model, self.stream.family, sub, overrides[c]):
-                    if not trail or last is None or last.hidden != sub.hidden:
-                        trail = [self.stream.embed(ids)]
-                    trail = self._finish(trail[: shared + 1])
-                    values[c] += self._values(trail[-1], reference, ids)
-                last = sub
-        return values
+        found = dict(zip(order, self._measure([subs[c] for c in order], windows, holdout), strict=True))
+        return [found[c] for c in range(len(subs))]
 
-    def _finish(self, trail: list[Tensor]) -> list[Tensor]:
-        for i in range(len(trail) - 1, len(self.stream)):
-            trail.append(self.stream.run(i, trail[-1]))
-            self.forward_tokens += trail[-1].shape[0] * trail[-1].shape[1] / len(self.stream)
-        return trail
+    def _pool(self, draw: int) -> Tensor:
+        if draw >= 0:
+            return self.pool
+        if self.holdout is None:
+            raise ValueError("a negative draw asks for held-out windows, but the objective was given none")
+        return self.holdout
+
+    def _measure(self, subs: Sequence[SubNetwork], windows: Sequence[int], holdout: bool) -> Iterator[list[float]]:
+        """One candidate after the other; each starts where it first differs from the one before."""
+        pool = self._pool(-1 if holdout else 0)
+        batches = [list(windows[k : k + self.micro]) for k in range(0, len(windows), self.micro)]
+        trails: list[list[Tensor]] = [[] for _ in batches]  # hidden states before each layer of the last candidate
+        last: SubNetwork | None = None
+        for sub in subs:
+            values: list[float] = []
+            for b, batch in enumerate(batches):
+                with torch.no_grad():
+                    values += self._batch(sub, last, pool[batch], batch, holdout, trails[b])
+            last = sub
+            yield values
+
+    def _batch(
+        self,
+        sub: SubNetwork,
+        last: SubNetwork | None,
+        ids: Tensor,
+        batch: list[int],
+        holdout: bool,
+        trail: list[Tensor],
+    ) -> list[float]:
+        reference = self._reference(batch, ids, holdout)
+        shared = _shared_layers(last, sub) if last is not None else 0
+        with activate(self.stream.model, self.stream.family, sub, self.weights(sub)):
+            if last is None or last.hidden != sub.hidden:
+                trail[:] = [self.stream.embed(ids)]
+            del trail[shared + 1 :]
+            for i in range(len(trail) - 1, len(self.stream)):
+                trail.append(self.stream.run(i, trail[-1]))
+                self.forward_tokens += ids.numel() / len(self.stream)
+            return self._values(trail[-1], reference, ids)
 
     def _positions(self, hidden: Tensor) -> Tensor:
         return hidden[:, self.stride - 1 : -1 : self.stride]
 
-    def _reference(self, batch: list[int], ids: Tensor) -> Tensor | None:
-        """Dense log-probabilities at the measured positions; the dense model runs once per window in all."""
+    def _reference(self, batch: list[int], ids: Tensor, holdout: bool) -> Tensor | None:
+        """Dense logits at the measured positions; the dense model runs once per window in all."""
         if self.kind == "ppl":
             return None
-        new = [k for k, w in enumerate(batch) if w not in self._dense]
+        new = [k for k, w in enumerate(batch) if (holdout, w) not in self._dense]
         if new:
             hidden = self.stream.run_from(0, self.stream.embed(ids[new]))
-            self.forward_tokens += hidden.shape[0] * hidden.shape[1]
+            self.forward_tokens += ids[new].numel()
             for k, h in zip(new, self._positions(hidden), strict=True):
-                self._dense[batch[k]] = h.clone()
-        return self.stream.logits(torch.stack([self._dense[w] for w in batch]))
+                self._dense[holdout, batch[k]] = h.clone()
+        return self.stream.logits(torch.stack([self._dense[holdout, w] for w in batch]))
 
     def _values(self, hidden: Tensor, reference: Tensor | None, ids: Tensor) -> list[float]:
         logits = self.stream.logits(self._positions(hidden))

@@ -23,6 +23,7 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 def factor(gram: Tensor) -> Tensor:
     """Lower Cholesky factor; raises ValueError, naming the cure, where rounding left the matrix indefinite."""
+    lower: Tensor
     lower, info = torch.linalg.cholesky_ex(gram)
     if int(info):
         raise ValueError(

@@ -75,7 +75,8 @@ class LayerStream:
             self.embed(torch.zeros(shape, dtype=torch.long))
         args, kwargs = self._calls[shape][i]
         out = self.layers[i](hidden, *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        after: Tensor = out[0] if isinstance(out, tuple) else out  # some versions return (hidden states, ...)
+        return after
 
     def run_from(self, start: int, hidden: Tensor) -> Tensor:
         """Layers start..end; hidden states before layer `start` -> hidden states that leave the last layer."""
@@ -86,7 +87,7 @@ class LayerStream:
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states that left the last layer (..., hidden) -> logits (..., vocab), in the model's dtype."""
         hidden = self.model.get_submodule(self.family.final_norm)(hidden)
-        logits = self.model.get_output_embeddings()(hidden)  # type: ignore[operator]
+        logits: Tensor = self.model.get_output_embeddings()(hidden)  # type: ignore[operator]
         cap = getattr(self.model.config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 

@@ -24,7 +24,8 @@ def test_batched_values_are_the_plain_definition(name: str, kind: str) -> None:
     subs = [one, ragged(model.config), full(model.config), same_start, indexed(model.config)]
     objective = Divergence(LayerStream(model, family), pool, kind=kind, stride=3, windows=(2, 4))  # type: ignore[arg-type]
     windows = objective.draw(0, 1)
-    values = objective(subs, draw=0, rung=1)
+    values = objective.measure(subs, windows)
+    assert values[0] == next(iter(objective(subs[:1], draw=0, rung=1)))
     dense = model(pool, use_cache=False).logits
     for sub, row in zip(subs, values, strict=True):
         for window, value in zip(windows, row, strict=True):
@@ -45,7 +46,7 @@ def test_shared_layers_are_not_run_twice() -> None:
     objective = Divergence(stream, pool, windows=(2,), kind="ppl")
     one = full(model.config)
     other = SubNetwork(one.hidden, (*one.layers[:3], ragged(model.config, hidden=False).layers[3]))
-    objective([one, other], draw=0, rung=0)
+    list(objective([one, other], draw=0, rung=0))
     assert objective.forward_tokens == pytest.approx(32 * (1 + 1 / 4))
 
 
@@ -55,10 +56,14 @@ def test_draws_are_fresh_and_reproducible() -> None:
     objective = Divergence(stream, tokens(64, 8), windows=(4, 16), seed=3)
     assert objective.draw(1, 0) == objective.draw(1, 0) != objective.draw(2, 0)
     assert set(objective.draw(1, 0)) <= set(objective.draw(1, 1))
+    lap = [w for d in range(4) for w in objective.draw(d, 1)]
+    assert sorted(lap) == list(range(64))  # no window twice before all were seen
+    with pytest.raises(ValueError, match="held-out"):
+        list(objective([full(model.config)], draw=-1, rung=0))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_dense_model_has_no_divergence_from_itself(name: str) -> None:
     model = tiny(name)
     objective = Divergence(LayerStream(model, family_of(model.config)), tokens(2, 9), windows=(2,), stride=1)
-    assert objective([full(model.config)], 0, 0)[0] == pytest.approx([0, 0], abs=1e-6)
+    assert next(iter(objective([full(model.config)], 0, 0))) == pytest.approx([0, 0], abs=1e-6)

@@ -36,9 +36,7 @@ def test_closed_form_is_the_least_squares_solution(problem: tuple[torch.Tensor, 
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-2, 1.0])
-def test_error_curve_is_the_error_of_every_nested_level(
-    problem: tuple[torch.Tensor, ...], damping: float
-) -> None:
+def test_error_curve_is_the_error_of_every_nested_level(problem: tuple[torch.Tensor, ...], damping: float) -> None:
     weight, gram, _ = problem
     curve = error_curve(weight, gram, damping)
     ridge = damped(gram, damping)
@@ -63,7 +61,10 @@ def test_admm_reaches_the_closed_form(problem: tuple[torch.Tensor, ...]) -> None
         return float((change @ gram * change).sum())
 
     best = error(closed_form(weight, gram, kept))
-    few, many = error(admm(weight, gram, kept, iterations=5)), error(admm(weight, gram, kept, rho=0.1, iterations=20000))
+    few, many = (
+        error(admm(weight, gram, kept, iterations=5)),
+        error(admm(weight, gram, kept, rho=0.1, iterations=20000)),
+    )
     assert best <= few
     assert many == pytest.approx(best, rel=1e-6)
 
@@ -93,9 +94,7 @@ def test_groups_go_by_their_joint_error(problem: tuple[torch.Tensor, ...]) -> No
     weight, gram, _ = problem
     groups = [torch.arange(6 * g, 6 * g + 6) for g in range(4)]
     order = greedy_group_order(weight, gram, groups, damping=0)
-    errors = [
-        float(reformed_error(weight, gram, torch.cat([groups[h] for h in range(4) if h != g]))) for g in range(4)
-    ]
+    errors = [float(reformed_error(weight, gram, torch.cat([groups[h] for h in range(4) if h != g]))) for g in range(4)]
     assert int(order[-1]) == errors.index(min(errors))
 
 

@@ -1,0 +1,175 @@
+"""Floor 3: every nested level of every sub-layer: how much error it makes, and the weights it would be shipped with.
+
+Built once per model from one pass over the calibration tokens; after that any candidate is linear algebra. The Grams
+stay on disk, one file per layer, and are read when a level is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prunus.families import Family, dims
+from prunus.moments import Grams, square_root, stored, writer_weight
+from prunus.reform import admm, closed_form, error_curve, greedy_group_order, greedy_order, reformed_error
+from prunus.slicing import Override, layers_of
+from prunus.subnetwork import LayerShape, SubNetwork
+
+Orders = dict[str, Tensor]  # as slicing.sort takes them, one layer's entries
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Reformed error of every level; the unit is nats if Fisher weighted, else squared output.
+
+    attention: (layers, groups + 1, heads per group + 1), entry [l, g, r] with g groups of r heads kept; a zero in
+    either place means no attention. mlp: (layers, neurons + 1), entry [l, k] with the first k neurons kept.
+    """
+
+    attention: Tensor
+    mlp: Tensor
+
+    def save(self, path: Path) -> None:
+        save_file({"attention": self.attention, "mlp": self.mlp}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Errors:
+        raw = load_file(path)
+        return cls(raw["attention"], raw["mlp"])
+
+
+def head_columns(d: dict[str, int], kv_heads: Tensor, q_per_kv: Tensor) -> Tensor:
+    """Input columns of the attention's writer that the given groups and head slots own, in storage order."""
+    return _columns(d)[kv_heads][:, q_per_kv].flatten()
+
+
+def _columns(d: dict[str, int]) -> Tensor:
+    """Numbers of the attention writer's inputs, (groups, heads per group, head_dim)."""
+    shape = d["kv_heads"], d["q_per_kv"], d["head_dim"]
+    return torch.arange(shape[0] * shape[1] * shape[2]).reshape(shape)
+
+
+def order_layer(grams: Grams, attention: Tensor, mlp: Tensor, d: dict[str, int], damping: float, block: int) -> Orders:
+    """Greedy group-OBS orders of one layer: heads inside their groups, groups, neurons.
+
+    attention, mlp: the writers' weights (out, in), Fisher weighted or not.
+    """
+    groups, heads, columns = d["kv_heads"], d["q_per_kv"], _columns(d)
+    inside = torch.arange(heads).expand(groups, heads)
+    if heads > 1:
+        ranking = greedy_group_order(attention, grams.attention, list(columns.flatten(0, 1)), damping).tolist()
+        inside = torch.tensor([[h % heads for h in ranking if h // heads == g] for g in range(groups)])
+    outer = greedy_group_order(attention, grams.attention, list(columns.flatten(1)), damping)
+    neurons = greedy_order(mlp, grams.mlp, damping, block).cpu()
+    return {"q_per_kv": inside, "kv_heads": outer, "mlp": neurons}
+
+
+def permute_grams(grams: Grams, orders: Orders, d: dict[str, int]) -> Grams:
+    """The Grams as they are after `slicing.sort` with these orders."""
+    columns = torch.stack([g[h] for g, h in zip(_columns(d), orders["q_per_kv"], strict=True)])[orders["kv_heads"]]
+    a, m = columns.flatten().to(grams.attention.device), orders["mlp"].to(grams.mlp.device)
+    return Grams(grams.attention[a][:, a].contiguous(), grams.mlp[m][:, m].contiguous())
+
+
+def layer_errors(
+    grams: Grams, attention: Tensor, mlp: Tensor, d: dict[str, int], damping: float
+) -> tuple[Tensor, Tensor]:
+    """One layer's rows of `Errors`, for weights and Grams in the sorted order."""
+    grid = torch.zeros(d["kv_heads"] + 1, d["q_per_kv"] + 1)
+    nothing = reformed_error(attention, grams.attention, torch.arange(0), damping)
+    grid[0, :], grid[:, 0] = nothing, nothing
+    for g in range(1, d["kv_heads"] + 1):
+        for r in range(1, d["q_per_kv"] + 1):
+            kept = head_columns(d, torch.arange(g), torch.arange(r))
+            grid[g, r] = reformed_error(attention, grams.attention, kept, damping)
+    grid[-1, -1] = 0
+    return grid, error_curve(mlp, grams.mlp, damping).float().cpu()
+
+
+def save_grams(grams: Grams, folder: Path, i: int) -> None:
+    """Write one layer's Grams: `layer_007.safetensors`."""
+    save_file({"attention": grams.attention.cpu(), "mlp": grams.mlp.cpu()}, folder / f"layer_{i:03d}.safetensors")
+
+
+class Levels:
+    """The reformed weights of a candidate, computed when first asked for, from Grams on disk.
+
+    The model must be the sorted super-network that the Grams belong to. `Levels(...)` is a `Weights` callable for
+    `objective.Divergence`. method: "closed-form", "admm" (Shen et al. 2024) or "none".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: Family,
+        folder: Path,
+        *,
+        damping: float = 1e-2,
+        method: str = "closed-form",
+        cache_bytes: int = 512 << 20,
+    ) -> None:
+        self.layers, self.family, self.folder = layers_of(model, family), family, folder
+        self.damping, self.method = damping, method
+        self.d = dims(model.config)
+        self.whole = LayerShape(self.d["kv_heads"], self.d["q_per_kv"], self.d["mlp"])
+        self._cache: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._room = cache_bytes
+
+    def gram(self, i: int, which: str) -> Tensor:
+        """One Gram matrix from disk, on the model's device."""
+        with safe_open(self.folder / f"layer_{i:03d}.safetensors", framework="pt") as file:
+            found: Tensor = file.get_tensor(which)
+        return found.to(next(self.layers[i].parameters()).device)
+
+    def __call__(self, sub: SubNetwork) -> Override:
+        if sub.hidden != self.d["hidden"] or self.method == "none":
+            return {}
+        override = {}
+        for i, shape in enumerate(sub.layers):
+            kept = sub.kept[i] if sub.kept else None
+            heads = (
+                tuple((kept and kept.kv_heads) or range(shape.kv_heads)),
+                tuple((kept and kept.q_per_kv) or range(shape.q_per_kv)),
+            )
+            neurons = (kept and kept.mlp) or shape.mlp
+            if shape.attends and (len(heads[0]), len(heads[1])) != (self.whole.kv_heads, self.whole.q_per_kv):
+                override[i, self.family.attention_writer] = self._weight(i, "attention", heads)
+            if shape.mlp and shape.mlp != self.whole.mlp:
+                override[i, self.family.mlp_writer] = self._weight(i, "mlp", neurons)
+        return override
+
+    def _weight(self, i: int, which: str, kept: object) -> Tensor:
+        key = (i, which, kept)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        path = self.family.attention_writer if which == "attention" else self.family.mlp_writer
+        index = self._inputs(which, kept)
+        weight, gram = writer_weight(self.layers[i], path), self.gram(i, which)
+        if self.method == "admm":
+            new = admm(weight, gram, index)
+        else:
+            new = closed_form(weight, gram, index, self.damping)
+        out = stored(self.layers[i], path, new)
+        self._cache[key] = out
+        self._room -= out.nbytes
+        while self._room < 0 and len(self._cache) > 1:
+            self._room += self._cache.popitem(last=False)[1].nbytes
+        return out
+
+    def _inputs(self, which: str, kept: Any) -> Tensor:
+        if which == "mlp":
+            return torch.arange(kept) if isinstance(kept, int) else torch.tensor(kept)
+        return head_columns(self.d, torch.tensor(kept[0]), torch.tensor(kept[1]))
+
+
+def fisher_roots(attention: Tensor, mlp: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Per layer the square roots of the Fisher matrices of both writers' outputs."""
+    return [(square_root(a), square_root(m)) for a, m in zip(attention, mlp, strict=True)]

@@ -1,0 +1,159 @@
+"""Floor 3: from reformed errors to nats: what each level of each sub-layer costs in KL, alone.
+
+The error curves rank the levels inside one sub-layer; a few measured levels of each sub-layer (one short forward
+each, the layers before it shared) say how errors turn into KL there. Between them the curve is interpolated, both
+axes logarithmic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from prunus.costs import Layout, sublayer_parameters
+from prunus.levels import Errors
+from prunus.objective import Divergence
+from prunus.space import SearchSpace
+from prunus.subnetwork import LayerShape, SubNetwork
+
+Which = Literal["attention", "mlp"]
+AttentionLevel = tuple[int, int]
+T = TypeVar("T")
+TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The levels of one sub-layer with their cost (parameters) and their divergence (nats)."""
+
+    layer: int
+    which: Which
+    levels: tuple[AttentionLevel, ...] | tuple[int, ...]
+    costs: tuple[float, ...]
+    nats: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """One measured level: its reformed error and its KL."""
+
+    layer: int
+    which: Which
+    error: float
+    nats: float
+
+
+def with_level(sub: SubNetwork, layer: int, level: AttentionLevel | int) -> SubNetwork:
+    """The sub-network with one sub-layer at another level."""
+    shape = sub.layers[layer]
+    if isinstance(level, tuple):
+        new = replace(shape, kv_heads=level[0], q_per_kv=level[1])
+    else:
+        new = replace(shape, mlp=level)
+    return replace(sub, layers=(*sub.layers[:layer], new, *sub.layers[layer + 1 :]))
+
+
+def error_of(errors: Errors, layer: int, level: AttentionLevel | int) -> float:
+    """The reformed error of one level."""
+    if isinstance(level, tuple):
+        return float(errors.attention[layer, level[0], level[1]])
+    return float(errors.mlp[layer, level])
+
+
+def measure(
+    objective: Divergence,
+    whole: SubNetwork,
+    space: SearchSpace,
+    errors: Errors,
+    windows: Sequence[int],
+    *,
+    points: int = 3,
+    advance: Callable[[int], None] | None = None,
+) -> list[Anchor]:
+    """KL of the model with one sub-layer at one of `points` levels, everything else dense, for every sub-layer."""
+    anchors = []
+    for layer in range(len(whole.layers)):
+        levels: list[AttentionLevel | int] = []
+        levels += _spread(space.attention[layer][1:], points)
+        levels += _spread(space.mlp[layer][1:], points)
+        values = objective.measure([with_level(whole, layer, level) for level in levels], windows)
+        for level, value in zip(levels, values, strict=True):
+            which: Which = "attention" if isinstance(level, tuple) else "mlp"
+            anchors.append(Anchor(layer, which, error_of(errors, layer, level), max(float(np.mean(value)), 0.0)))
+        if advance:
+            advance(1)
+    return anchors
+
+
+def _spread(levels: Sequence[T], points: int) -> list[T]:
+    """A few levels from the gentlest to the hardest, the hardest always among them."""
+    if len(levels) <= points:
+        return list(levels)
+    return [levels[round((k + 1) * (len(levels) - 1) / points)] for k in range(points)]
+
+
+def curves(errors: Errors, anchors: Sequence[Anchor], layout: Layout, space: SearchSpace, hidden: int) -> list[Curve]:
+    """The divergence and the cost of every level of every sub-layer, attention then MLP, layer by layer."""
+    out = []
+    for layer in range(len(space.attention)):
+        for which in ("attention", "mlp"):
+            own = [a for a in anchors if a.layer == layer and a.which == which]
+            levels = space.attention[layer] if which == "attention" else space.mlp[layer]
+            nats = tuple(_interpolate(error_of(errors, layer, level), own) for level in levels)
+            costs = tuple(float(_cost(layout, layer, level, hidden)) for level in levels)
+            out.append(Curve(layer, which, levels, costs, nats))
+    return out
+
+
+def _cost(layout: Layout, layer: int, level: AttentionLevel | int, hidden: int) -> int:
+    if isinstance(level, tuple):
+        return sublayer_parameters(layout, layer, "attention", LayerShape(level[0], level[1], 0), hidden)
+    return sublayer_parameters(layout, layer, "mlp", LayerShape(0, 0, level), hidden)
+
+
+def _interpolate(error: float, anchors: Sequence[Anchor]) -> float:
+    """KL of an error: log-log between anchors, proportional below the first, in proportion above the last."""
+    if error <= TINY:
+        return 0.0
+    points = sorted((max(a.error, TINY), max(a.nats, TINY)) for a in anchors)
+    if not points:
+        return error / 2  # a Fisher-weighted error is twice the KL, to second order
+    xs = [math.log(x) for x, _ in points]
+    ys = np.maximum.accumulate([math.log(y) for _, y in points])
+    x = math.log(error)
+    if x <= xs[0]:
+        return math.exp(float(ys[0]) + x - xs[0])
+    if x >= xs[-1]:
+        return math.exp(float(ys[-1]) + x - xs[-1])
+    return math.exp(float(np.interp(x, xs, ys)))
+
+
+def subnetwork_of(curves: Sequence[Curve], levels: Sequence[int], hidden: int) -> SubNetwork:
+    """The sub-network that takes the given level of every curve."""
+    shapes: dict[int, LayerShape] = {}
+    for curve, index in zip(curves, levels, strict=True):
+        level = curve.levels[index]
+        shape = shapes.get(curve.layer, LayerShape(0, 0, 0))
+        if isinstance(level, tuple):
+            shapes[curve.layer] = replace(shape, kv_heads=level[0], q_per_kv=level[1])
+        else:
+            shapes[curve.layer] = replace(shape, mlp=level)
+    return SubNetwork(hidden, tuple(shapes[i] for i in sorted(shapes)))
+
+
+def predict(curves: Sequence[Curve], sub: SubNetwork) -> float:
+    """The sum of the curves at a sub-network's levels, nats; widths between two levels are interpolated linearly."""
+    total = 0.0
+    for curve in curves:
+        shape = sub.layers[curve.layer]
+        if curve.which == "attention":
+            total += curve.nats[curve.levels.index((shape.kv_heads, shape.q_per_kv))]
+        else:
+            widths = np.array(curve.levels, dtype=float)
+            order = widths.argsort()
+            total += float(np.interp(shape.mlp, widths[order], np.array(curve.nats)[order]))
+    return total

@@ -1,0 +1,222 @@
+"""Floor 3: the final pass over chosen sub-networks: refit every writer on what the compressed prefix really produces.
+
+Layer by layer, from the inputs that the already compressed layers give, towards the dense sub-layer's output plus a
+share of the drift between the dense and the compressed residual stream, so that each layer mends what the earlier
+ones broke. Closed form, no gradients. All candidates travel together: the dense model runs once for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunus.moments import add_products, stored, writer_weight
+from prunus.reform import refit
+from prunus.slicing import Override, activate
+from prunus.stream import LayerStream, inputs_of
+from prunus.subnetwork import SubNetwork
+
+Advance = Callable[[int], None]
+Accept = Callable[[int, int, Override, Override], bool]  # (candidate, layer, before, after)
+
+
+@dataclass(frozen=True)
+class SequentialSettings:
+    """drift: share of the residual stream's drift in the target (0: the plain output of the dense sub-layer).
+
+    damping: ridge towards the weights of before, relative to the mean diagonal of the Gram matrix.
+    """
+
+    drift: float = 1.0
+    damping: float = 0.3
+    micro: int = 4
+
+
+@dataclass
+class _Traveller:
+    """One candidate on its way through the layers."""
+
+    sub: SubNetwork
+    weights: dict[tuple[int, str], Tensor]
+    hidden: list[Tensor]
+
+
+class _Stop(Exception):
+    """Raised by a hook once the input it waited for is there: the rest of the layer need not run."""
+
+
+@torch.no_grad()
+def refit_all(
+    stream: LayerStream,
+    ids: Tensor,
+    candidates: Sequence[tuple[SubNetwork, Override]],
+    settings: SequentialSettings,
+    *,
+    accept: Accept | None = None,
+    advance: Advance | None = None,
+) -> list[dict[tuple[int, str], Tensor]]:
+    """Refitted writer weights of every candidate, in storage order; ids (n, length) are calibration windows.
+
+    candidates: sub-networks of the sorted super-network with their one-shot weights (`levels.Levels`), the prior that
+    the ridge pulls towards. accept: asked once per candidate and layer; where it says no the layer keeps its prior.
+    """
+    batches = list(torch.split(ids, settings.micro))
+    dense = [stream.embed(batch) for batch in batches]
+    travellers = []
+    for sub, override in candidates:
+        with activate(stream.model, stream.family, sub):
+            travellers.append(_Traveller(sub, dict(override), [stream.embed(batch) for batch in batches]))
+    for i in range(len(stream)):
+        outputs, after = _dense_layer(stream, i, dense)
+        for c, traveller in enumerate(travellers):
+            _refit_layer(stream, i, c, traveller, dense, outputs, after, settings, accept)
+            if advance:
+                advance(ids.numel())
+        dense = after
+    return [t.weights for t in travellers]
+
+
+def _dense_layer(stream: LayerStream, i: int, dense: list[Tensor]) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    """Both writers' outputs of the dense layer, and the hidden states behind it, batch by batch."""
+    layer, family = stream.layers[i], stream.family
+    outputs: dict[str, list[Tensor]] = {family.attention_writer: [], family.mlp_writer: []}
+    hooks = [
+        layer.get_submodule(path).register_forward_hook(lambda _, __, out, p=path: outputs[p].append(out))
+        for path in outputs
+    ]
+    try:
+        after = [stream.run(i, hidden) for hidden in dense]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {p: [o.view_as(h) for o, h in zip(out, dense, strict=True)] for p, out in outputs.items()}, after
+
+
+def _refit_layer(
+    stream: LayerStream,
+    i: int,
+    c: int,
+    traveller: _Traveller,
+    dense: list[Tensor],
+    outputs: dict[str, list[Tensor]],
+    after: list[Tensor],
+    settings: SequentialSettings,
+    accept: Accept | None,
+) -> None:
+    family, shape = stream.family, traveller.sub.layers[i]
+    before = dict(traveller.weights)
+    drift = 0.0 if family.post_norm or traveller.sub.hidden != dense[0].shape[-1] else settings.drift
+    if shape.attends and traveller.sub.hidden == dense[0].shape[-1]:
+        path = family.attention_writer
+        target = _targets(outputs[path], dense, traveller.hidden, drift)
+        with activate(stream.model, family, traveller.sub, traveller.weights):
+            moments = _Moments(stream.layers[i], path)
+            for hidden, y in zip(traveller.hidden, target, strict=True):
+                moments.add(_input_only(stream, i, path, hidden), y)
+            new = moments.solve(settings.damping)
+        traveller.weights[i, path] = new
+    refits_mlp = bool(shape.mlp) and traveller.sub.hidden == dense[0].shape[-1]
+    with activate(stream.model, family, traveller.sub, traveller.weights):
+        if not refits_mlp:
+            moved = [stream.run(i, hidden) for hidden in traveller.hidden]
+        else:
+            moved = _refit_mlp(stream, i, traveller, outputs[family.mlp_writer], after, drift, settings)
+    if accept is not None and not accept(c, i, before, traveller.weights):
+        traveller.weights = before
+        with activate(stream.model, family, traveller.sub, traveller.weights):
+            moved = [stream.run(i, hidden) for hidden in traveller.hidden]
+    traveller.hidden = moved
+
+
+def _refit_mlp(
+    stream: LayerStream,
+    i: int,
+    traveller: _Traveller,
+    outputs: list[Tensor],
+    after: list[Tensor],
+    drift: float,
+    settings: SequentialSettings,
+) -> list[Tensor]:
+    """Refit the MLP's writer (activated), and return the hidden states behind the layer with the new weight."""
+    family = stream.family
+    layer, path = stream.layers[i], stream.family.mlp_writer
+    moments, kept, rests = _Moments(layer, path), [], []
+    for b, hidden in enumerate(traveller.hidden):
+        own: list[Tensor] = []
+        hook = layer.get_submodule(path).register_forward_hook(lambda _, __, out, own=own: own.append(out))
+        try:
+            with inputs_of(layer, path) as seen:
+                out = stream.run(i, hidden)
+        finally:
+            hook.remove()
+        y = outputs[b]
+        if not family.post_norm:
+            rest = out - own[0].view_as(out)  # the stream without this MLP's share
+            if drift:
+                y = y + drift * (after[b] - outputs[b] - rest)
+            kept.append(seen[path].flatten(0, -2))
+            rests.append(rest)
+        moments.add(seen[path], y)
+    new = moments.solve(settings.damping)
+    traveller.weights[i, path] = new
+    module = layer.get_submodule(path)
+    old = module._parameters["weight"]
+    module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+    try:
+        if family.post_norm:
+            return [stream.run(i, hidden) for hidden in traveller.hidden]
+        return [rest + module(x).view_as(rest) for x, rest in zip(kept, rests, strict=True)]
+    finally:
+        module._parameters["weight"] = old
+
+
+def _targets(outputs: list[Tensor], dense: list[Tensor], own: list[Tensor], drift: float) -> list[Tensor]:
+    if not drift:
+        return outputs
+    return [y + drift * (d - o) for y, d, o in zip(outputs, dense, own, strict=True)]
+
+
+def _input_only(stream: LayerStream, i: int, path: str, hidden: Tensor) -> Tensor:
+    """The input of one module of layer i; the layer stops there."""
+    found: list[Tensor] = []
+
+    def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0])
+        raise _Stop
+
+    hook = stream.layers[i].get_submodule(path).register_forward_pre_hook(stop)
+    try:
+        stream.run(i, hidden)
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+    return found[0]
+
+
+class _Moments:
+    """Sums for one least-squares problem: inputs of a writer against the outputs that it should give."""
+
+    def __init__(self, layer: nn.Module, path: str) -> None:
+        self.layer, self.path = layer, path
+        self.prior = writer_weight(layer, path)
+        self.bias = getattr(layer.get_submodule(path), "bias", None)
+        out, k = self.prior.shape
+        self.gram = torch.zeros(k, k, device=self.prior.device)
+        self.cross = torch.zeros(k, out, device=self.prior.device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor, wanted: Tensor) -> None:
+        x, y = inputs.flatten(0, -2), wanted.flatten(0, -2)
+        if self.bias is not None:
+            y = y - self.bias
+        add_products(self.gram, x, x)
+        add_products(self.cross, x, y)
+        self.tokens += len(x)
+
+    def solve(self, damping: float) -> Tensor:
+        new = refit(self.gram / self.tokens, self.cross / self.tokens, self.prior, damping)
+        return stored(self.layer, self.path, new)

@@ -1,0 +1,80 @@
+"""The sequential pass: nothing to mend is left alone, and what is broken gets better on the tokens it was fitted to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import CONFIGS, tiny, tokens
+
+from prunus.families import dims, family_of, full
+from prunus.sequential import SequentialSettings, refit_all
+from prunus.slicing import activate
+from prunus.stream import LayerStream
+from prunus.subnetwork import LayerShape, SubNetwork
+
+
+def narrow(config: object) -> SubNetwork:
+    d = dims(config)
+    layers = [LayerShape(max(1, d["kv_heads"] // 2), d["q_per_kv"], d["mlp"] // 2) for _ in range(4)]
+    layers[1] = LayerShape(0, 0, d["mlp"] // 2)
+    layers[2] = LayerShape(d["kv_heads"], d["q_per_kv"], 0)
+    return SubNetwork(d["hidden"], tuple(layers))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_dense_network_needs_no_mending(name: str) -> None:
+    model, ids = tiny(name), tokens(8, 17)
+    stream = LayerStream(model, family_of(model.config))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    (weights,) = refit_all(stream, ids, [(full(model.config), {})], SequentialSettings(damping=1e-2, micro=3))
+    with torch.no_grad(), activate(model, stream.family, full(model.config), weights):
+        changed = model(ids, use_cache=False).logits
+    with torch.no_grad():
+        assert torch.allclose(changed, model(ids, use_cache=False).logits, atol=1e-3)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("drift", [0.0, 1.0])
+def test_the_last_hidden_states_come_closer(name: str, drift: float) -> None:
+    model, ids = tiny(name), tokens(24, 17)
+    family = family_of(model.config)
+    stream = LayerStream(model, family)
+    sub = narrow(model.config)
+    settings = SequentialSettings(drift=drift, damping=1e-2, micro=5)
+    (weights,) = refit_all(stream, ids, [(sub, {})], settings)
+
+    def states(override: dict[tuple[int, str], torch.Tensor] | None) -> torch.Tensor:
+        if override is None:
+            return stream.run_from(0, stream.embed(ids))
+        with activate(model, family, sub, override):
+            return stream.run_from(0, stream.embed(ids))
+
+    with torch.no_grad():
+        dense, plain, mended = states(None), states({}), states(weights)
+    assert float((mended - dense).square().mean()) < 0.9 * float((plain - dense).square().mean())
+
+
+def test_candidates_travel_together_as_they_would_alone() -> None:
+    model, ids = tiny("llama"), tokens(8, 17)
+    stream = LayerStream(model, family_of(model.config))
+    settings = SequentialSettings(micro=3)
+    pair = [(full(model.config), {}), (narrow(model.config), {})]
+    together = refit_all(stream, ids, pair, settings)
+    alone = refit_all(stream, ids, pair[1:], settings)[0]
+    assert together[1].keys() == alone.keys()
+    assert all(torch.equal(together[1][key], alone[key]) for key in alone)
+
+
+def test_a_refused_layer_keeps_its_weights() -> None:
+    model, ids = tiny("llama"), tokens(8, 17)
+    stream = LayerStream(model, family_of(model.config))
+    asked: list[tuple[int, int]] = []
+
+    def accept(c: int, i: int, before: object, after: object) -> bool:
+        asked.append((c, i))
+        return i != 0
+
+    (weights,) = refit_all(stream, ids, [(narrow(model.config), {})], SequentialSettings(), accept=accept)
+    assert asked == [(0, i) for i in range(4)]
+    assert {i for i, _ in weights} == {1, 2, 3}
