@@ -2,7 +2,7 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet -c constraints.txt
+PIP    := $(BIN)/python -m pip install -qq -c constraints.txt
 
 # Sleeping instead of spinning at barriers: ten times faster when another job shares the cores.
 export OMP_WAIT_POLICY ?= PASSIVE

@@ -1,0 +1,213 @@
+"""The report shows every number it was given, in text and pictures, whatever was or was not measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from matplotlib.patches import Rectangle
+
+from prunus import pictures
+from prunus.pictures import Network, Tried
+from prunus.report import ReportData, markdown, table, write_report
+
+N_LAYERS = 6
+TEXT = "WikiText-2 test, 5 × 2048 tokens"
+
+
+def network(name: str, share: float, **measured: object) -> Network:
+    layers = [(3, 3, 1536)] * N_LAYERS
+    if share < 1:
+        layers = [(2, 3, int(1536 * share)), (3, 1, 800), (0, 0, 640), (1, 1, 0), (3, 2, 1536), (0, 0, 0)]
+    parameters = int(134_515_008 - (1 - share) * 106_202_880)
+    return Network(
+        name=name,
+        kept_blocks=share,
+        kept_all=parameters / 134_515_008,
+        parameters=parameters,
+        n_bytes=2 * parameters,
+        hidden=576,
+        layers=layers,
+        **measured,  # type: ignore[typeddict-item]
+    )
+
+
+def report_data() -> ReportData:
+    tried = [
+        Tried(method=m, kept=0.8 + 0.001 * i, kl_nats=0.3 + 0.1 * i) for m in ("switch", "random") for i in range(9)
+    ]
+    return ReportData(
+        model="SmolLM2-135M-Instruct",
+        family="llama",
+        keep_of="blocks",
+        dense=network("dense", 1.0, perplexity={TEXT: 23.69}, prefill_speedup=1.0, sample="A vast sea."),
+        chosen=[
+            network(
+                "keep-0.8",
+                0.8,
+                kl_nats=0.2519,
+                kl_se=0.0123,
+                perplexity={TEXT: 28.71},
+                prefill_speedup=1.234,
+                decode_speedup=1.345,
+                uniform=False,
+                path="models/keep-0.8",
+                sample="A ``` fence\nand | a bar.",
+            ),
+            network("keep-0.5", 0.5, kl_nats=1.217, perplexity={TEXT: 61.47}, uniform=True, path="models/keep-0.5"),
+        ],
+        tried=tried,
+        steps=[
+            {"name": "calibration", "seconds": 38.25, "forward_tokens": 32768, "peak_bytes": 1_250_000_000},
+            {"name": "search", "seconds": 400.5, "forward_tokens": 910_001, "peak_bytes": 2_340_000_000},
+        ],
+        command="prunus compress demo --out runs/demo --keep 0.8 0.5",
+        seed=17,
+        source={"id": "demo", "revision": None, "kind": "gguf", "sha256": "ab12"},
+        calibration={"source": "generated", "samples": 32, "length": 1024, "token_hash": "cd34"},
+        config={"keep": [0.8, 0.5], "score": "obs"},
+        versions={"torch": "2.13.0", "transformers": "5.23.0"},
+        machine="2 cores, 24 GiB",
+        prompt="The sea is",
+    )
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", head[16:24])
+    return width, height
+
+
+def texts_of(figure: pictures.Figure) -> str:
+    return "\n".join(t.get_text() for ax in figure.axes for t in ax.texts)
+
+
+def test_the_text_holds_every_number_given() -> None:
+    data = report_data()
+    text = markdown(data)
+    given = ["134.52 M", "113.27 M", "81.41 M", "80.00 %", "84.21 %", "226.5 MB", "0.2519 ± 0.012", "1.217"]
+    given += ["23.69", "28.71", "61.47", "1.23×", "1.34×", "38.2", "400.5", "32,768", "910,001", "1.25 GB", "2.34 GB"]
+    given += ["438.8", "942,769", "`17`", "ab12", "cd34", "2.13.0", "5.23.0", data["command"], "2 cores, 24 GiB"]
+    assert [g for g in given if g not in text] == []
+    assert "revision" not in text  # a fact that is not known is left out
+
+
+def test_dropped_sub_layers_are_named_and_drawn() -> None:
+    data = report_data()
+    assert "- keep-0.8: attention of layer 2, 5; MLP of layer 3, 5" in markdown(data)
+    figure = pictures.kept(data["dense"], data["chosen"])
+    hatched = [
+        sum(isinstance(p, Rectangle) and p.get_hatch() is not None for p in ax.patches) for ax in figure.axes[:2]
+    ]
+    assert hatched == [4, 4]  # attention, MLP: two of each in each of the two networks
+    words = texts_of(figure)
+    assert "2×3" in words
+    assert "3×1" in words
+
+
+def test_a_cut_hidden_size_is_in_the_picture() -> None:
+    data = report_data()
+    data["chosen"][0]["hidden"] = 512
+    labels = [t.get_text() for t in pictures.kept(data["dense"], data["chosen"]).axes[0].get_yticklabels()]
+    assert labels == ["keep-0.8\nhidden 512 of 576", "keep-0.5"]
+
+
+def test_a_network_far_from_the_dense_one_is_called_out() -> None:
+    data = report_data()
+    assert "**Careful: keep-0.5.**" in markdown(data)
+    data["chosen"][1]["kl_nats"] = 0.9
+    assert "Careful" not in markdown(data)
+
+
+def test_loading_says_which_checkpoints_are_plain() -> None:
+    text = markdown(report_data())
+    plain, _, own = text.partition("Layers of different widths")
+    assert 'from_pretrained("models/keep-0.5")' in plain
+    assert 'from_pretrained("models/keep-0.8", trust_remote_code=True)' in own
+
+
+def test_samples_cannot_break_the_page() -> None:
+    text = markdown(report_data())
+    assert "    A ``` fence\n    and | a bar." in text
+    cell = markdown({**report_data(), "seed": 3, "source": {"id": "a|b\nc"}})  # type: ignore[typeddict-item]
+    assert "`a\\|b c`" in cell
+
+
+def test_files_and_pictures(tmp_path: Path) -> None:
+    data = report_data()
+    curve = {"kept": [0.0, 0.5, 1.0], "error": [1.0, 0.2, 0.0]}
+    data["error_curves"] = [{"layer": i, "part": p, **curve} for i in (0, 1) for p in ("attention", "mlp")]  # type: ignore[typeddict-item, misc]
+    path = write_report(tmp_path, data)
+    assert path == tmp_path / "report.md"
+    names = {"front", "kept", "cost", "errors"}
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {f"{n}.{e}" for n in names for e in ("png", "svg")}
+    for name in names:
+        width, height = png_size(tmp_path / "report" / f"{name}.png")
+        assert 900 < width < 2600, (name, width)
+        assert 150 < height < 1600, (name, height)
+        assert ElementTree.parse(tmp_path / "report" / f"{name}.svg").getroot().tag.endswith("svg")
+        assert f"report/{name}.png" in path.read_text()
+    assert markdown(json.loads((tmp_path / "report.json").read_text())) == path.read_text()
+
+
+def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_report(tmp_path / folder, report_data())
+    for one in sorted((tmp_path / "a").rglob("*.*")):
+        assert one.read_bytes() == (tmp_path / "b" / one.relative_to(tmp_path / "a")).read_bytes(), one.name
+
+
+def test_the_front_shows_dense_chosen_and_tried() -> None:
+    data = report_data()
+    divergence, perplexity = pictures.front(data["dense"], data["chosen"], data["tried"]).axes
+    assert {"113.3 M", "81.41 M", "dense, 134.5 M"} <= {t.get_text() for t in divergence.texts}
+    assert {"28.71", "61.47", "23.69"} <= {t.get_text() for t in perplexity.texts}
+    legend = divergence.get_legend()
+    assert legend is not None
+    labels = [t.get_text() for t in legend.get_texts()]
+    assert labels == ["chosen, held-out tokens", "random, tried (9)", "switch, tried (9)"]
+
+
+def test_candidates_off_the_scale_are_counted() -> None:
+    data = report_data()
+    data["tried"] += [Tried(method="random", kept=0.8, kl_nats=v) for v in (40.0, math.inf, math.nan)]
+    legend = pictures.front(data["dense"], data["chosen"], data["tried"]).axes[0].get_legend()
+    assert legend is not None
+    assert "random, tried (12, 3 off the scale)" in [t.get_text() for t in legend.get_texts()]
+
+
+@pytest.mark.parametrize("missing", ["perplexity", "kl_nats", "everything"])
+def test_what_was_not_measured_is_left_out(tmp_path: Path, missing: str) -> None:
+    data = report_data()
+    data["chosen"] = data["chosen"][:1]
+    data["tried"], data["steps"] = [], []
+    measured = ("kl_nats", "kl_se", "perplexity", "prefill_speedup", "decode_speedup", "sample", "path", "uniform")
+    for n in (data["dense"], *data["chosen"]):
+        for key in measured if missing == "everything" else (missing, "kl_se"):
+            n.pop(key, None)  # type: ignore[misc]
+    text = write_report(tmp_path, data).read_text()
+    panels = pictures.front(data["dense"], data["chosen"]).axes
+    assert len(panels) == 1
+    assert "One smaller network of 113.27 M" in text
+    assert "What it cost" not in text
+    assert ("perplexity" in text) == (missing == "kl_nats")
+    assert ("KL to dense" in text) == (missing == "perplexity")
+    assert png_size(tmp_path / "report" / "front.png")[0] > 800
+
+
+def test_a_run_without_a_network_still_reports(tmp_path: Path) -> None:
+    data = report_data()
+    data["chosen"], data["tried"] = [], []
+    text = write_report(tmp_path, data).read_text()
+    assert "## Figures" in text
+    assert "What was kept" not in text
+
+
+def test_table_aligns_numbers_to_the_right() -> None:
+    assert table(["name", "n"], [["a", "1"]]) == "| name | n |\n| --- | ---: |\n| a | 1 |"
