@@ -1,0 +1,72 @@
+"""Floor 0: what a computation takes and where it ran: time, forward tokens, peak memory, versions. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("prunus", "torch", "transformers", "safetensors", "numpy", "optuna")
+
+
+@dataclass
+class Meter:
+    """Time, tokens and peak memory of one computation; measurements may be nested."""
+
+    start: float = field(default_factory=time.monotonic)
+    forward_tokens: int = 0
+    peak_bytes: int = 0
+    peak_cuda_bytes: int = 0
+
+    def see(self) -> None:
+        """Take the peaks since the last reset into account."""
+        self.peak_bytes = max(self.peak_bytes, peak_bytes())
+        if cuda := _cuda():
+            self.peak_cuda_bytes = max(self.peak_cuda_bytes, int(cuda.max_memory_allocated()))
+
+
+def environment() -> dict[str, str]:
+    """Versions of what computes, and of the machine's system; imports nothing."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def reset_peak() -> None:
+    """Start a new measurement of peak memory, where the system can (Linux, CUDA)."""
+    with contextlib.suppress(OSError):  # elsewhere the peak is that of the process so far
+        Path("/proc/self/clear_refs").write_text("5")
+    if cuda := _cuda():
+        cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process since the last reset; since its start where there is no reset."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cuda() -> Any:
+    """torch.cuda, if it is in use; never the reason that torch is imported."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    return cuda if cuda is not None and cuda.is_initialized() else None
