@@ -213,8 +213,8 @@ def save(
 def _refuse_foreign(target: Path) -> None:
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
         raise UserError(
-            f"{str(target)!r} exists and was not written by Prunus (it has no {MANIFEST}); choose another directory, or "
-            "empty this one"
+            f"{str(target)!r} exists and was not written by Prunus (it has no {MANIFEST}); choose another directory, "
+            "or empty this one"
         )
 
 
@@ -245,7 +245,7 @@ def _generation_config(model: Any, wanted: Any) -> Iterator[None]:
             chosen.validate(strict=True)
         except ValueError:
             tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-            chosen = GenerationConfig(**{name: getattr(chosen, name) for name in tokens})
+            chosen = GenerationConfig(**{name: getattr(chosen, name) for name in tokens})  # type: ignore[no-untyped-call]
     model.generation_config = chosen
     try:
         yield

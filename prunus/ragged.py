@@ -9,6 +9,9 @@ and `"skip": ["attention"]` or `["mlp"]` for a sub-layer that is gone together w
 always the original one, so RoPE frequencies and the attention scale are those of the model it came from.
 """
 
+# transformers does not type what these call
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import copy
@@ -68,8 +71,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.phi.modeling_phi import PhiDecoderLayer
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.pytorch_utils import Conv1D
@@ -157,13 +160,12 @@ def auto_map(model_type: str) -> dict[str, str]:
 class RaggedModel:
     """Goes before a stock model class: builds the frame without layers, then each layer from its own configuration."""
 
-    layer: type[nn.Module]  # the stock decoder layer
-    layers: str = "layers"  # where they are, seen from the base model
-    attention: str = "self_attn"
-    mlp: tuple[str, ...] = ("mlp",)
+    stock_layer: type[nn.Module]  # the stock decoder layer
+    layers_path: str = "layers"  # where they are, seen from the base model
+    attention_path: str = "self_attn"
+    mlp_paths: tuple[str, ...] = ("mlp",)
     attention_norms: tuple[str, ...] = ("input_layernorm",)
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
-    shared_norms: tuple[str, ...] = ()  # gone only if both sub-layers are
 
     def __init__(self, config: Any) -> None:
         n = config.num_hidden_layers
@@ -173,7 +175,7 @@ class RaggedModel:
         finally:
             config.num_hidden_layers = n
         me: Any = self
-        me.base_model.get_submodule(self.layers).extend([self._build(config, i) for i in range(n)])
+        me.base_model.get_submodule(self.layers_path).extend([self._build(config, i) for i in range(n)])
         me.post_init()
 
     def _build(self, config: Any, i: int) -> nn.Module:
@@ -181,19 +183,19 @@ class RaggedModel:
         skip = getattr(own, "skip", ())
         layer = self._stock(own, i)
         if "attention" in skip:
-            layer.set_submodule(self.attention, NoAttention(i))
+            layer.set_submodule(self.attention_path, NoAttention(i))
             _remove(layer, self.attention_norms)
         else:
-            attention: Any = layer.get_submodule(self.attention)
+            attention: Any = layer.get_submodule(self.attention_path)
             self._fit(attention, own)
             attention.config = LayerConfig(config, own)
         if "mlp" in skip:
-            _remove(layer, (*self.mlp[:-1], *self.mlp_norms))
-            layer.set_submodule(self.mlp[-1], NoMLP())
+            _remove(layer, (*self.mlp_paths[:-1], *self.mlp_norms))
+            layer.set_submodule(self.mlp_paths[-1], NoMLP())
         return layer
 
     def _stock(self, own: Any, i: int) -> nn.Module:
-        return self.layer(own, i)
+        return self.stock_layer(own, i)
 
     def _fit(self, attention: Any, own: Any) -> None:
         """Widen or narrow what the stock attention cannot be told by its configuration (**in place**)."""
@@ -218,7 +220,7 @@ class _SquareHeads(RaggedModel):
     def _stock(self, own: Any, i: int) -> nn.Module:
         square = copy.copy(own)
         square.num_attention_heads = 1
-        return self.layer(square, i)
+        return self.stock_layer(square, i)
 
 
 class _GemmaNorms(RaggedModel):
@@ -227,13 +229,13 @@ class _GemmaNorms(RaggedModel):
 
 
 class _Olmo2(RaggedModel):
-    layer = Olmo2DecoderLayer
+    stock_layer = Olmo2DecoderLayer
     attention_norms = ("post_attention_layernorm",)
     mlp_norms = ("post_feedforward_layernorm",)
 
 
 class _Phi(RaggedModel):
-    layer = PhiDecoderLayer
+    stock_layer = PhiDecoderLayer
     attention_norms = ()  # one norm feeds attention and MLP
     mlp_norms = ()
 
@@ -244,8 +246,8 @@ class _Phi(RaggedModel):
 
 
 class _GPTNeoX(_SquareHeads):
-    layer = GPTNeoXLayer
-    attention = "attention"
+    stock_layer = GPTNeoXLayer
+    attention_path = "attention"
 
     def _fit(self, attention: Any, own: Any) -> None:
         inner = own.num_attention_heads * own.head_dim
@@ -257,9 +259,9 @@ class _GPTNeoX(_SquareHeads):
 
 
 class _OPT(_SquareHeads):
-    layer = OPTDecoderLayer
-    layers = "decoder.layers"
-    mlp = ("fc1", "fc2")
+    stock_layer = OPTDecoderLayer
+    layers_path = "decoder.layers"
+    mlp_paths = ("fc1", "fc2")
     attention_norms = ("self_attn_layer_norm",)
     mlp_norms = ("final_layer_norm",)
 
@@ -273,9 +275,9 @@ class _OPT(_SquareHeads):
 
 
 class _GPT2(_SquareHeads):
-    layer = GPT2Block
-    layers = "h"
-    attention = "attn"
+    stock_layer = GPT2Block
+    layers_path = "h"
+    attention_path = "attn"
     attention_norms = ("ln_1",)
     mlp_norms = ("ln_2",)
 
@@ -298,12 +300,12 @@ class PrunusLlamaConfig(RaggedConfig, LlamaConfig):
 
 class PrunusLlamaModel(RaggedModel, LlamaModel):
     config_class = PrunusLlamaConfig
-    layer = LlamaDecoderLayer
+    stock_layer = LlamaDecoderLayer
 
 
 class PrunusLlamaForCausalLM(RaggedModel, LlamaForCausalLM):
     config_class = PrunusLlamaConfig
-    layer = LlamaDecoderLayer
+    stock_layer = LlamaDecoderLayer
 
 
 class PrunusMistralConfig(RaggedConfig, MistralConfig):
@@ -312,12 +314,12 @@ class PrunusMistralConfig(RaggedConfig, MistralConfig):
 
 class PrunusMistralModel(RaggedModel, MistralModel):
     config_class = PrunusMistralConfig
-    layer = MistralDecoderLayer
+    stock_layer = MistralDecoderLayer
 
 
 class PrunusMistralForCausalLM(RaggedModel, MistralForCausalLM):
     config_class = PrunusMistralConfig
-    layer = MistralDecoderLayer
+    stock_layer = MistralDecoderLayer
 
 
 class PrunusQwen2Config(RaggedConfig, Qwen2Config):
@@ -326,12 +328,12 @@ class PrunusQwen2Config(RaggedConfig, Qwen2Config):
 
 class PrunusQwen2Model(RaggedModel, Qwen2Model):
     config_class = PrunusQwen2Config
-    layer = Qwen2DecoderLayer
+    stock_layer = Qwen2DecoderLayer
 
 
 class PrunusQwen2ForCausalLM(RaggedModel, Qwen2ForCausalLM):
     config_class = PrunusQwen2Config
-    layer = Qwen2DecoderLayer
+    stock_layer = Qwen2DecoderLayer
 
 
 class PrunusQwen3Config(RaggedConfig, Qwen3Config):
@@ -340,12 +342,12 @@ class PrunusQwen3Config(RaggedConfig, Qwen3Config):
 
 class PrunusQwen3Model(RaggedModel, Qwen3Model):
     config_class = PrunusQwen3Config
-    layer = Qwen3DecoderLayer
+    stock_layer = Qwen3DecoderLayer
 
 
 class PrunusQwen3ForCausalLM(RaggedModel, Qwen3ForCausalLM):
     config_class = PrunusQwen3Config
-    layer = Qwen3DecoderLayer
+    stock_layer = Qwen3DecoderLayer
 
 
 class PrunusGemma2Config(RaggedConfig, Gemma2Config):
@@ -354,12 +356,12 @@ class PrunusGemma2Config(RaggedConfig, Gemma2Config):
 
 class PrunusGemma2Model(_GemmaNorms, Gemma2Model):
     config_class = PrunusGemma2Config
-    layer = Gemma2DecoderLayer
+    stock_layer = Gemma2DecoderLayer
 
 
 class PrunusGemma2ForCausalLM(_GemmaNorms, Gemma2ForCausalLM):
     config_class = PrunusGemma2Config
-    layer = Gemma2DecoderLayer
+    stock_layer = Gemma2DecoderLayer
 
 
 class PrunusGemma3Config(RaggedConfig, Gemma3TextConfig):
@@ -368,12 +370,12 @@ class PrunusGemma3Config(RaggedConfig, Gemma3TextConfig):
 
 class PrunusGemma3Model(_GemmaNorms, Gemma3TextModel):
     config_class = PrunusGemma3Config
-    layer = Gemma3DecoderLayer
+    stock_layer = Gemma3DecoderLayer
 
 
 class PrunusGemma3ForCausalLM(_GemmaNorms, Gemma3ForCausalLM):
     config_class = PrunusGemma3Config
-    layer = Gemma3DecoderLayer
+    stock_layer = Gemma3DecoderLayer
 
 
 class PrunusOlmo2Config(RaggedConfig, Olmo2Config):
@@ -406,12 +408,12 @@ class PrunusPhi3Config(RaggedConfig, Phi3Config):
 
 class PrunusPhi3Model(RaggedModel, Phi3Model):
     config_class = PrunusPhi3Config
-    layer = Phi3DecoderLayer
+    stock_layer = Phi3DecoderLayer
 
 
 class PrunusPhi3ForCausalLM(RaggedModel, Phi3ForCausalLM):
     config_class = PrunusPhi3Config
-    layer = Phi3DecoderLayer
+    stock_layer = Phi3DecoderLayer
 
 
 class PrunusGPTNeoXConfig(RaggedConfig, GPTNeoXConfig):
