@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Meter:
             self.peak_cuda_bytes = max(self.peak_cuda_bytes, int(cuda.max_memory_allocated()))
 
 
+@cache
 def environment() -> dict[str, str]:
     """Versions of what computes, and of the machine's system; imports nothing."""
     found = {"python": platform.python_version(), "platform": platform.platform()}

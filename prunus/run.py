@@ -322,11 +322,11 @@ class Run:
         return self.config
 
     def require_space(self, n_bytes: int, what: str) -> None:
-        """Raise UserError now, before long work, where the disk cannot take `what`."""
+        """Raise UserError now, before long work, where the disk cannot take `what` (a plural)."""
         free = shutil.disk_usage(self.directory).free
         if n_bytes > free:
             raise UserError(
-                f"{what} needs {n_bytes / 1e9:.2f} GB, but the disk of {str(self.directory)!r} has "
+                f"{what} need {n_bytes / 1e9:.2f} GB, but the disk of {str(self.directory)!r} has "
                 f"{free / 1e9:.2f} GB left; make room, or choose another --out"
             )
 
