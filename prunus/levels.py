@@ -7,17 +7,17 @@ stay on disk, one file per layer, and are read when a level is first asked for.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prunus.families import Family, dims
-from prunus.moments import Grams, square_root, stored, writer_weight
+from prunus.moments import Grams, stored, writer_weight
 from prunus.reform import admm, closed_form, error_curve, greedy_group_order, greedy_order, reformed_error
 from prunus.slicing import Override, layers_of
 from prunus.subnetwork import LayerShape, SubNetwork
@@ -98,11 +98,18 @@ def save_grams(grams: Grams, folder: Path, i: int) -> None:
     save_file({"attention": grams.attention.cpu(), "mlp": grams.mlp.cpu()}, folder / f"layer_{i:03d}.safetensors")
 
 
+def read_grams(folder: Path, i: int, device: torch.device) -> Grams:
+    """One layer's Grams from disk."""
+    raw = load_file(folder / f"layer_{i:03d}.safetensors")
+    return Grams(raw["attention"].to(device), raw["mlp"].to(device))
+
+
 class Levels:
     """The reformed weights of a candidate, computed when first asked for, from Grams on disk.
 
-    The model must be the sorted super-network that the Grams belong to. `Levels(...)` is a `Weights` callable for
-    `objective.Divergence`. method: "closed-form", "admm" (Shen et al. 2024) or "none".
+    The model must be sorted by `orders`; the Grams are as `moments.collect` found them, before sorting.
+    `Levels(...)` is a `Weights` callable for `objective.Divergence`. method: "closed-form", "admm" (Shen et al. 2024)
+    or "none".
     """
 
     def __init__(
@@ -111,22 +118,24 @@ class Levels:
         family: Family,
         folder: Path,
         *,
+        orders: Mapping[str, Tensor],
         damping: float = 1e-2,
         method: str = "closed-form",
+        iterations: int = 30,
         cache_bytes: int = 512 << 20,
     ) -> None:
         self.layers, self.family, self.folder = layers_of(model, family), family, folder
-        self.damping, self.method = damping, method
+        self.damping, self.method, self.iterations = damping, method, iterations
+        self.orders = orders
         self.d = dims(model.config)
         self.whole = LayerShape(self.d["kv_heads"], self.d["q_per_kv"], self.d["mlp"])
         self._cache: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
         self._room = cache_bytes
 
-    def gram(self, i: int, which: str) -> Tensor:
-        """One Gram matrix from disk, on the model's device."""
-        with safe_open(self.folder / f"layer_{i:03d}.safetensors", framework="pt") as file:
-            found: Tensor = file.get_tensor(which)
-        return found.to(next(self.layers[i].parameters()).device)
+    def grams(self, i: int) -> Grams:
+        """One layer's Gram matrices from disk, in the sorted order, on the model's device."""
+        own = read_grams(self.folder, i, next(self.layers[i].parameters()).device)
+        return permute_grams(own, {unit: order[i] for unit, order in self.orders.items()}, self.d)
 
     def __call__(self, sub: SubNetwork) -> Override:
         if sub.hidden != self.d["hidden"] or self.method == "none":
@@ -152,9 +161,9 @@ class Levels:
             return self._cache[key]
         path = self.family.attention_writer if which == "attention" else self.family.mlp_writer
         index = self._inputs(which, kept)
-        weight, gram = writer_weight(self.layers[i], path), self.gram(i, which)
+        weight, gram = writer_weight(self.layers[i], path), getattr(self.grams(i), which)
         if self.method == "admm":
-            new = admm(weight, gram, index)
+            new = admm(weight, gram, index, iterations=self.iterations)
         else:
             new = closed_form(weight, gram, index, self.damping)
         out = stored(self.layers[i], path, new)
@@ -168,8 +177,3 @@ class Levels:
         if which == "mlp":
             return torch.arange(kept) if isinstance(kept, int) else torch.tensor(kept)
         return head_columns(self.d, torch.tensor(kept[0]), torch.tensor(kept[1]))
-
-
-def fisher_roots(attention: Tensor, mlp: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Per layer the square roots of the Fisher matrices of both writers' outputs."""
-    return [(square_root(a), square_root(m)) for a, m in zip(attention, mlp, strict=True)]

@@ -1,0 +1,268 @@
+"""Floor 5: what a run says about its networks: figures, model cards, manifests, the data of the report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus import costs, evaluate, machine
+from prunus.families import dims
+from prunus.objective import Divergence
+from prunus.pictures import ErrorCurve, Network, Tried
+from prunus.report import ReportData
+from prunus.slicing import Override, extract
+from prunus.steps import Prepared, Session
+from prunus.subnetwork import SubNetwork
+
+PROMPT = "The history of the city begins"
+SAMPLE_TOKENS = 60
+
+
+def network(s: Session, name: str, sub: SubNetwork) -> Network:
+    """The sizes of one network, from shapes alone."""
+    whole = s.whole
+    return {
+        "name": name,
+        "kept_blocks": costs.parameters(s.layout, sub, "blocks") / costs.parameters(s.layout, whole, "blocks"),
+        "kept_all": costs.parameters(s.layout, sub, "all") / costs.parameters(s.layout, whole, "all"),
+        "parameters": costs.parameters(s.layout, sub, "all"),
+        "n_bytes": int(costs.n_bytes(s.layout, sub, next(s.model.parameters()).element_size())),
+        "hidden": sub.hidden,
+        "layers": [(x.kv_heads, x.q_per_kv, x.mlp) for x in sub.layers],
+        "uniform": sub.uniform,
+    }
+
+
+def measure(s: Session, p: Prepared, name: str, sub: SubNetwork, weights: Override) -> Network:
+    """Sizes and measured figures of one network: divergence, perplexity, speed against the dense model, a sample."""
+
+    def compute() -> dict[str, Any]:
+        found: dict[str, Any] = {**network(s, name, sub)}
+        kl = Divergence(s.stream, p.objective.pool, lambda _: weights, holdout=p.objective.holdout, stride=1)
+        assert kl.holdout is not None
+        values = kl.measure([sub], range(len(kl.holdout)), holdout=True)[0]
+        s.run.count_tokens(int(kl.forward_tokens))
+        found["kl_nats"] = statistics.fmean(values)
+        found["kl_se"] = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        small = extract(s.model, s.family, sub, weights, uniform=True if s.config.uniform else None)
+        found |= _figures(s, small)
+        speed = evaluate.compare_speed(s.model, small)
+        found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
+        return found
+
+    inputs = {"subnetwork": sub.key(), "weights": s.run.sha256(f"weights/{name}.safetensors")}
+    with s.progress(f"evaluation of {name}"):
+        found: Any = s.run.do("evaluate", f"evaluation/{name}.json", compute, inputs=inputs)
+    return _as_network(found)
+
+
+def measure_dense(s: Session) -> Network:
+    """The same figures of the dense model."""
+    with s.progress("evaluation of the dense model"):
+        found: Any = s.run.do(
+            "evaluate", "evaluation/dense.json", lambda: {**network(s, "dense", s.whole), **_figures(s, s.model)}
+        )
+    return _as_network(found)
+
+
+def _figures(s: Session, model: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {"sample": _sample(s, model)}
+    if s.config.test_text:
+        ids = evaluate.text_ids(s.config.test_text, s.tokenizer)
+        result = evaluate.perplexity(model, ids, length=s.config.test_length, chunks=s.config.test_chunks)
+        found["perplexity"] = {_protocol(s): result.ppl}
+        s.run.count_tokens(result.n_tokens)
+    return found
+
+
+def _protocol(s: Session) -> str:
+    chunks = "all chunks" if s.config.test_chunks is None else f"{s.config.test_chunks} chunks"
+    return f"{str(s.config.test_text).rpartition('/')[2]}, {chunks} of {s.config.test_length} tokens"
+
+
+@torch.inference_mode()
+def _sample(s: Session, model: Any) -> str:
+    ids: Tensor = s.tokenizer(PROMPT, return_tensors="pt")["input_ids"].to(s.device)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False, use_cache=True,
+        pad_token_id=s.tokenizer.pad_token_id or s.tokenizer.eos_token_id or 0,
+    )  # fmt: skip
+    return str(s.tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def _as_network(raw: dict[str, Any]) -> Network:
+    return {**raw, "layers": [(a, b, c) for a, b, c in raw["layers"]]}  # type: ignore[typeddict-item]
+
+
+def card(s: Session, name: str, found: Network, dense: Network, license_name: str | None = None) -> str:
+    """The model card of one checkpoint: what it is, its figures, how to load it."""
+    uniform = found.get("uniform", False)
+    rows = [
+        ("parameters", f"{dense['parameters']:,}", f"{found['parameters']:,}"),
+        ("kept of the decoder blocks", "100 %", f"{100 * found['kept_blocks']:.2f} %"),
+        ("kept of all parameters", "100 %", f"{100 * found['kept_all']:.2f} %"),
+        ("weights, MB", f"{dense['n_bytes'] / 1e6:.1f}", f"{found['n_bytes'] / 1e6:.1f}"),
+        ("divergence from the original, nats per token", "0", f"{found.get('kl_nats', math.nan):.4f}"),
+    ]
+    for text, value in found.get("perplexity", {}).items():
+        rows.append((f"perplexity ({text})", f"{dense['perplexity'][text]:.2f}", f"{value:.2f}"))
+    speed = [("prefill", found.get("prefill_speedup")), ("decoding", found.get("decode_speedup"))]
+    rows += [(f"{what}, speed on the machine that made it", "1.00 x", f"{v:.2f} x") for what, v in speed if v]
+    table = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in rows)
+    extra = "" if uniform else ", trust_remote_code=True"
+    why = (
+        "It is an ordinary checkpoint: nothing else is needed to load it."
+        if uniform
+        else "Its layers differ in width, so it brings a small modelling file; `import prunus` replaces the flag."
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {s.run.source.get("id")}
+tags: [prunus, compressed]
+---
+# {name}: a smaller network inside {s.run.source.get("id")}
+
+Cut out by [Prunus](https://github.com/prunus-nas/prunus) {machine.environment().get("prunus", "")}, {_tier(s)}.
+
+| | original | this network |
+|---|---:|---:|
+{table}
+
+## Load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH"{extra})
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+{why} The licence is that of the original model.
+"""
+
+
+def _tier(s: Session) -> str:
+    source = s.run.notes.get("calibration_source", s.config.calibration.source)
+    return f"without training; calibrated on {source}"
+
+
+def manifest(s: Session, sub: SubNetwork, found: Network) -> dict[str, Any]:
+    """What the checkpoint remembers of its origin."""
+    return {
+        "source": dict(s.run.source),
+        "subnetwork": sub.to_json(),
+        "seed": s.config.seed,
+        "token_hash": s.run.notes.get("token_hash"),
+        "figures": {k: v for k, v in found.items() if k not in ("layers", "sample")},
+        "environment": machine.environment(),
+    }
+
+
+def report_data(s: Session, p: Prepared, dense: Network, chosen: Mapping[str, Network], command: str) -> ReportData:
+    """Everything that the report shows."""
+    calibration = s.config.calibration
+    return {
+        "model": s.config.model,
+        "family": s.family.name,
+        "keep_of": s.config.keep_of,
+        "dense": dense,
+        "chosen": [{**found, "path": f"models/{name}"} for name, found in chosen.items()],
+        "tried": tried(s, p),
+        "steps": [
+            {
+                "name": name,
+                "seconds": float(cost["seconds"]),
+                "forward_tokens": int(cost["forward_tokens"]),
+                "peak_bytes": int(cost["peak_bytes"]),
+            }
+            for name, cost in s.run.costs().items()
+        ],
+        "command": command,
+        "seed": s.config.seed,
+        "source": dict(s.run.source),
+        "calibration": {
+            "source": s.run.notes.get("calibration_source", calibration.source),
+            "samples": calibration.samples,
+            "length": calibration.length,
+            "token_hash": s.run.notes.get("token_hash"),
+        },
+        "config": s.config.to_dict(),
+        "versions": machine.environment(),
+        "error_curves": error_curves(s, p),
+    }
+
+
+def tried(s: Session, p: Prepared) -> list[Tried]:
+    """Every candidate of the search at the largest token budget that it was judged on."""
+    from prunus.steps import open_record
+
+    if p.objective.kind != "kl":
+        return []
+    best: dict[str, tuple[int, Tried]] = {}
+    whole = costs.parameters(s.layout, s.whole, s.config.keep_of)
+    for trial in open_record(s, p).trials():
+        kept = costs.parameters(s.layout, trial.subnetwork, s.config.keep_of) / whole
+        key = trial.subnetwork.key()
+        if key not in best or best[key][0] < trial.rung:
+            best[key] = trial.rung, {"method": trial.method, "kept": kept, "kl_nats": trial.value}
+    return [entry for _, entry in best.values()]
+
+
+def error_curves(s: Session, p: Prepared) -> list[ErrorCurve]:
+    """Reformed error of every level relative to that of dropping the sub-layer."""
+    d = dims(s.model.config)
+    out: list[ErrorCurve] = []
+    widths = [round(d["mlp"] * k / 16) for k in range(17)]
+    for i in range(len(s.whole.layers)):
+        mlp, heads = p.errors.mlp[i], p.errors.attention[i]
+        nothing = max(float(mlp[0]), 1e-12)
+        out.append(
+            {
+                "layer": i,
+                "part": "mlp",
+                "kept": [w / d["mlp"] for w in widths],
+                "error": [float(mlp[w]) / nothing for w in widths],
+            }
+        )
+        nothing = max(float(heads[0, 0]), 1e-12)
+        groups = range(d["kv_heads"] + 1)
+        out.append(
+            {
+                "layer": i,
+                "part": "attention",
+                "kept": [g / d["kv_heads"] for g in groups],
+                "error": [float(heads[g, d["q_per_kv"]]) / nothing for g in groups],
+            }
+        )
+    return out
+
+
+def scores(s: Session, orders: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The result of the step `score`: the least important members of every layer."""
+    return {
+        "run": str(s.run.directory),
+        "layers": len(s.stream),
+        "least_important": {unit: [row.flatten().tolist()[-8:] for row in order] for unit, order in orders.items()},
+    }
+
+
+def levels(s: Session, p: Prepared) -> dict[str, Any]:
+    """The result of the step `reform`: the divergence of every sub-layer at half width and without it."""
+    rows = []
+    for curve in p.curves:
+        half = min(range(len(curve.levels)), key=lambda k: abs(curve.costs[k] - curve.costs[0] / 2))
+        rows.append(
+            {"layer": curve.layer, "part": curve.which, "half_nats": curve.nats[half], "dropped_nats": curve.nats[-1]}
+        )
+    return {"run": str(s.run.directory), "sub_layers": rows}
+
+
+def found(s: Session, chosen: Mapping[str, SubNetwork]) -> dict[str, Any]:
+    """The result of the step `search`: the networks, with their sizes."""
+    return {"run": str(s.run.directory), "chosen": [network(s, name, sub) for name, sub in chosen.items()]}

@@ -1,0 +1,74 @@
+"""Floor 5: the story: from a pretrained model to a front of smaller ones, on one screen; and each step alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from prunus import checkpoint, describe, steps
+from prunus.config import CompressConfig
+from prunus.families import family_of
+from prunus.progress import Progress, silent
+from prunus.report import write_report
+from prunus.run import Run, read_manifest
+from prunus.steps import Session
+from prunus.subnetwork import SubNetwork
+
+Step = Literal["score", "reform", "search", "extract", "report"]
+
+
+def compress(config: CompressConfig, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
+    """The whole method: a run directory with one checkpoint per keep ratio, and its report.
+
+    The same call again resumes. Returns the report's data, with the path of the report under "report".
+    Raises UserError for everything that the user can mend, before long work wherever it can be known.
+    """
+    return _run(config, Path(out), "report", progress)
+
+
+def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Progress = silent) -> dict[str, Any]:
+    """One step of an existing run, with what it needs before it; overrides (dotted keys) change it and later ones."""
+    raw = dict(read_manifest(out)["config"])
+    with Run.reopen(out) as run:
+        raw = run.change(name, overrides)
+    return _run(CompressConfig.from_dict(raw), Path(out), name, progress)
+
+
+def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> dict[str, Any]:
+    loaded = checkpoint.load(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:
+        family = family_of(loaded.model.config)
+        s = Session(run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
+        steps.check_request(s)
+        ids, holdout = steps.calibrate(s)
+        orders = steps.score(s, ids)
+        if last == "score":
+            return describe.scores(s, orders)
+        prepared = steps.reform_levels(s, ids, holdout, orders)
+        if last == "reform":
+            return describe.levels(s, prepared)
+        chosen: dict[str, SubNetwork] = {}
+        for keep in config.keep:
+            chosen[s.name(keep)] = steps.search_one(s, prepared, keep, starts=tuple(chosen.values()))
+        if last == "search":
+            return describe.found(s, chosen)
+        weights = steps.refit(s, prepared, ids, chosen)
+        dense = describe.measure_dense(s)
+        figures = {name: describe.measure(s, prepared, name, sub, weights[name]) for name, sub in chosen.items()}
+        for name, sub in chosen.items():
+            card, manifest = describe.card(s, name, figures[name], dense), describe.manifest(s, sub, figures[name])
+            steps.save_network(s, name, sub, weights[name], card, manifest)
+        if last == "extract":
+            return describe.found(s, chosen)
+        command = shlex.join(["prunus", "compress", config.model, "--out", str(out), "--config", f"{out}/config.yaml"])
+        data = describe.report_data(s, prepared, dense, figures, command)
+        return {**data, "report": str(write_report(run.directory, data))}

@@ -1,0 +1,481 @@
+"""Floor 5: the steps of a run, each one artefact or a few: calibrate, score, reform, search, extract.
+
+Every step takes a `Session` and reads what earlier steps left in the run directory, or makes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from prunus import calibration, checkpoint, costs, importance, levels, moments, search, sensitivity, sequential, shen
+from prunus.allocate import allocate
+from prunus.config import CompressConfig
+from prunus.errors import UserError
+from prunus.families import Family, dims, full
+from prunus.objective import Divergence, no_weights
+from prunus.progress import Progress
+from prunus.run import Run
+from prunus.slicing import Override, extract, sort
+from prunus.space import SearchSpace, space_of
+from prunus.stream import LayerStream
+from prunus.study import Record
+from prunus.subnetwork import SubNetwork
+
+WINDOW = 512  # tokens in a window that candidates are judged on
+RUNGS = (2, 6, 16)  # windows at each rung of successive halving
+MICRO = 4  # calibration windows that run together
+
+
+@dataclass
+class Session:
+    """A model on its way through a run. `sort_model` permutes the model in place, once."""
+
+    run: Run
+    config: CompressConfig
+    model: nn.Module
+    tokenizer: Any
+    generation_config: Any
+    family: Family
+    progress: Progress
+    stream: LayerStream = field(init=False)
+    layout: costs.Layout = field(init=False)
+    whole: SubNetwork = field(init=False)
+    is_sorted: bool = False
+
+    def __post_init__(self) -> None:
+        self.stream = LayerStream(self.model, self.family)
+        self.layout = costs.layout(self.model, self.family)
+        self.whole = full(self.model.config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.stream.device
+
+    def cost(self, sub: SubNetwork) -> float:
+        """What a keep ratio counts, of one sub-network."""
+        kind = self.config.constraint
+        if kind == "flops":
+            return float(costs.flops(self.layout, sub, length=WINDOW))
+        if kind == "bytes":
+            width = next(self.model.parameters()).element_size()
+            return float(costs.n_bytes(self.layout, sub, width))
+        return float(costs.parameters(self.layout, sub, "all" if kind == "parameters-all" else "blocks"))
+
+    def name(self, keep: float) -> str:
+        """The name of the network of one keep ratio."""
+        return f"keep-{keep:g}"
+
+
+def calibrate(s: Session) -> tuple[Tensor, Tensor]:
+    """Calibration and held-out windows, each (n, length), on the model's device."""
+    c = s.config.calibration
+
+    def compute() -> dict[str, Tensor]:
+        source = calibration.auto_source() if c.source == "auto" else c.source
+        s.run.note("calibration_source", source)
+        n = c.samples + c.holdout
+        with s.progress(f"calibration text: {source}", n * c.length) as advance:
+            seen = 0
+
+            def sampled(done: int, total: int) -> None:
+                nonlocal seen
+                advance(done - seen)
+                seen = done
+
+            ids = calibration.calibration_tokens(
+                source, s.tokenizer, samples=n, length=c.length, seed=s.config.seed, model=s.model, device=s.device,
+                column=c.column, progress=sampled,
+            )  # fmt: skip
+        fit, kept_aside = calibration.split(ids, c.holdout)
+        return {"calibration": fit.contiguous(), "holdout": kept_aside.contiguous()}
+
+    tokens = s.run.do("calibrate", "tokens.safetensors", compute)
+    s.run.note("token_hash", calibration.token_hash(tokens["calibration"]))
+    return tokens["calibration"].to(s.device), tokens["holdout"].to(s.device)
+
+
+def score(s: Session, ids: Tensor) -> dict[str, Tensor]:
+    """The orders that `slicing.sort` takes, most important members first; also leaves Fisher and Gram matrices."""
+    r = s.config.reform
+    fisher: dict[str, Tensor] = {}
+    if r.fisher:
+        sample = ids[: r.fisher]
+
+        def curvature() -> dict[str, Tensor]:
+            with s.progress("curvature of the loss", sample.numel()) as advance:
+                a, m = moments.fisher(s.model, s.family, sample, seed=s.config.seed, advance=_counted(s, advance, 3))
+            return {"attention": a.cpu(), "mlp": m.cpu()}
+
+        fisher = s.run.do("score", "fisher.safetensors", curvature)
+    grams = s.run.do("score", "grams", lambda: _collect_grams(s, ids), save=_move, load=lambda path: path)
+
+    def orders() -> dict[str, Tensor]:
+        if r.order == "score":
+            found = importance.score(
+                s.model, s.family, ids, method=s.config.score.method, aggregator=s.config.score.aggregator
+            )
+            return {unit: _stacked(order) for unit, order in found.order().items() if unit != "hidden"}
+        with s.progress("order of heads and neurons", len(s.stream)) as advance:
+            rows = []
+            for i in range(len(s.stream)):
+                attention, mlp = _weighted_writers(s, fisher, i)
+                own = levels.read_grams(grams, i, s.device)
+                rows.append(levels.order_layer(own, attention, mlp, dims(s.model.config), r.damping, r.block))
+                advance(1)
+        return {unit: torch.stack([row[unit].cpu() for row in rows]).contiguous() for unit in rows[0]}
+
+    return s.run.do("score", "importance.safetensors", orders)
+
+
+def _collect_grams(s: Session, ids: Tensor) -> Path:
+    """Gram matrices of all writers, one file per layer, in a directory that becomes the artefact."""
+    d, n = dims(s.model.config), len(s.stream)
+    size = 4 * n * ((d["kv_heads"] * d["q_per_kv"] * d["head_dim"]) ** 2 + d["mlp"] ** 2)
+    s.run.require_space(size, "the Gram matrices of all layers")
+    folder = s.run.directory / ".prunus" / "grams"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with s.progress("second moments of the calibration tokens", n * ids.numel()) as advance:
+
+        def layer_done(tokens: int) -> None:
+            advance(tokens)
+            s.run.count_tokens(tokens // n)
+
+        moments.collect(s.stream, ids, lambda i, g: levels.save_grams(g, folder, i), micro=MICRO, advance=layer_done)
+    return folder
+
+
+def _weighted_writers(s: Session, fisher: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
+    """Both writers' weights of one layer (out, in), times the square root of the Fisher matrix where there is one."""
+    found = []
+    for which, path in (("attention", s.family.attention_writer), ("mlp", s.family.mlp_writer)):
+        weight = moments.writer_weight(s.stream.layers[i], path).float()
+        found.append(moments.square_root(fisher[which][i]).to(s.device) @ weight if fisher else weight)
+    return found[0], found[1]
+
+
+def sort_model(s: Session, orders: Mapping[str, Tensor]) -> levels.Levels:
+    """Sort the super-network (**in place**, once per session) and give access to its reformed levels."""
+    if not s.is_sorted:
+        sort(s.model, s.family, orders)
+        s.is_sorted = True
+    r = s.config.reform
+    return levels.Levels(
+        s.model, s.family, s.run.path("grams"), orders=orders, damping=r.damping, method=r.method,
+        iterations=r.iterations,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the search stands on."""
+
+    database: levels.Levels
+    errors: levels.Errors
+    space: SearchSpace
+    curves: list[sensitivity.Curve]
+    objective: Divergence
+
+
+def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str, Tensor]) -> Prepared:
+    """Reformed error of every nested level, and what it means in nats; sorts the model."""
+    database = sort_model(s, orders)
+    r, c = s.config.reform, s.config.search
+    fisher = load_file(s.run.path("fisher.safetensors")) if r.fisher else {}
+
+    def curves() -> dict[str, Tensor]:
+        d, rows = dims(s.model.config), []
+        with s.progress("errors of all levels", len(s.stream)) as advance:
+            for i in range(len(s.stream)):
+                attention, mlp = _weighted_writers(s, fisher, i)
+                rows.append(levels.layer_errors(database.grams(i), attention, mlp, d, r.damping))
+                advance(1)
+        return {"attention": torch.stack([a for a, _ in rows]), "mlp": torch.stack([m for _, m in rows])}
+
+    found = s.run.do("reform", "errors.safetensors", curves)
+    errors = levels.Errors(found["attention"], found["mlp"])
+    published = c.method == "shen"  # judges before reformation, on one small fixed set (Shen et al. 2024, sec. 3.3)
+    objective = Divergence(
+        s.stream, _windows(ids), no_weights if published else database, kind="ppl" if published else c.objective,
+        windows=RUNGS, holdout=_windows(holdout), seed=s.config.seed,
+    )  # fmt: skip
+    space = space_of(s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth)
+
+    def anchors() -> list[dict[str, Any]]:
+        kl = Divergence(s.stream, objective.pool, database, windows=RUNGS, seed=s.config.seed + 1)
+        with s.progress("divergence of single levels", len(s.stream)) as advance:
+            points = r.sensitivity
+            measured = sensitivity.measure(kl, s.whole, space, errors, kl.draw(0, 0), points=points, advance=advance)
+        s.run.count_tokens(int(kl.forward_tokens))
+        return [asdict(anchor) for anchor in measured]
+
+    measured = s.run.do("reform", "sensitivity.json", anchors) if r.sensitivity else []
+    curve_list = sensitivity.curves(
+        errors, [sensitivity.Anchor(**a) for a in measured], s.layout, space, s.whole.hidden
+    )
+    if s.config.uniform:
+        space = _space(s, _price_of_layers(curve_list, space.n_layers))
+    return Prepared(database, errors, space, curve_list, objective)
+
+
+def _space(s: Session, layer_order: Sequence[int]) -> SearchSpace:
+    """The space that is searched: per layer; or uniform, with the layers in the given order of importance."""
+    c, uniform = s.config.search, s.config.uniform
+    heads: Literal["grid", "none"] = "none" if uniform and not s.family.stock_heads else "grid"
+    return space_of(
+        s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth, attention=heads,
+        uniform=uniform, layer_order=layer_order if uniform else None,
+    )  # fmt: skip
+
+
+def _price_of_layers(curves: Sequence[sensitivity.Curve], n_layers: int) -> list[int]:
+    """Layers in the order of what dropping them whole costs, the dearest first."""
+    price = {i: sum(curve.nats[-1] for curve in curves if curve.layer == i) for i in range(n_layers)}
+    return sorted(price, key=lambda i: price[i], reverse=True)
+
+
+def check_request(s: Session) -> None:
+    """Refuse, before any long work, what cannot be reached: keep ratios outside the space, a uniform export that the
+    family's stock configuration cannot hold."""
+    c = s.config.search
+    if s.config.uniform and (refusal := checkpoint.uniform_refusal(s.model.config, s.family, s.whole)):
+        raise UserError(refusal)
+    space = _space(s, list(range(len(s.stream))))
+    for keep in s.config.keep:
+        space.window(s.cost, keep, of=s.cost(s.whole), slack=c.slack)
+
+
+def search_one(s: Session, p: Prepared, keep: float, starts: Sequence[SubNetwork]) -> SubNetwork:
+    """The sub-network for one keep ratio; starts: networks of other ratios, which the search may begin from."""
+
+    def compute() -> dict[str, Any]:
+        window = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=s.config.search.slack)
+        seeds = [*_allocated(s, p, window[1]), *starts]
+        record = open_record(s, p)
+        before = p.objective.forward_tokens
+        found = _run_method(s, p, keep, window, seeds, record)
+        s.run.count_tokens(int(p.objective.forward_tokens - before))
+        return {
+            "keep": keep,
+            "subnetwork": found.subnetwork.to_json(),
+            "predicted_nats": sensitivity.predict(p.curves, found.subnetwork),
+            "nats": found.score.value,
+            "start_nats": found.start_score.value,
+            "start": found.start.to_json(),
+            "evaluations": found.n_evaluations,
+            "generations": found.generations,
+            "asked_tokens": found.n_tokens,
+        }
+
+    inputs = {"errors": s.run.sha256("errors.safetensors"), "starts": [sub.key() for sub in starts]}
+    found = s.run.do("search", f"search/{s.name(keep)}.json", compute, inputs=inputs)
+    return SubNetwork.from_json(found["subnetwork"])
+
+
+def open_record(s: Session, p: Prepared) -> Record:
+    """The run's Optuna study, with the memory of every candidate that was judged."""
+    return Record.open(
+        s.run.grow("search", "trials.journal"),
+        p.space,
+        objective=f"{p.objective.kind}_nats",
+        costs={s.config.constraint: s.cost},
+        belongs_to={"model": str(s.run.source.get("sha256")), "tokens": str(s.run.notes.get("token_hash"))},
+        n_workers=s.config.search.workers,
+    )
+
+
+def _run_method(
+    s: Session, p: Prepared, keep: float, window: tuple[float, float], seeds: Sequence[SubNetwork], record: Record
+) -> search.Found:
+    """The search that the configuration names."""
+    c, seed = s.config.search, s.config.seed
+    settings = search.LevelSettings(generations=c.generations, offspring=c.offspring)
+    with s.progress(f"search for {keep:g}", c.generations) as advance:
+
+        def tick(_: str) -> None:
+            advance(1)
+
+        if c.method == "levels":
+            return search.levels(
+                p.space, p.objective, s.cost, window, start=seeds, seed=seed, record=record, settings=settings,
+                predict=lambda sub: sensitivity.predict(p.curves, sub), progress=tick,
+            )  # fmt: skip
+        if c.method == "random":
+            return search.random_search(
+                p.space, p.objective, s.cost, window, seed=seed, record=record, settings=settings, progress=tick
+            )
+        if c.method == "shen":
+            published = shen.ShenSettings(generations=c.generations, population=c.population)
+            return shen.shen(
+                p.space, p.objective, s.cost, window, target=keep, seed=seed, record=record, settings=published,
+                progress=tick,
+            )  # fmt: skip
+        return _nsga2(s, p, window, seeds, record, tick)
+
+
+def _nsga2(
+    s: Session,
+    p: Prepared,
+    window: tuple[float, float],
+    seeds: Sequence[SubNetwork],
+    record: Record,
+    tick: Callable[[str], None],
+) -> search.Found:
+    """Optuna's NSGA-II inside the window of one keep ratio; the best of its front."""
+    c = s.config.search
+    found = search.nsga2(
+        p.space, p.objective, s.cost, budget=window, start=seeds, n_trials=c.generations * c.offspring,
+        population=c.population, seed=s.config.seed, record=record, progress=tick,
+    )  # fmt: skip
+    best = min(found, key=lambda trial: trial.value)
+    before, after = record.judge(p.objective, [seeds[0], best.subnetwork], -1, len(RUNGS) - 1, method="nsga2")
+    spent = c.generations * c.offspring
+    return search.Found(best.subnetwork, after, seeds[0], before, record.n_tokens, spent, c.generations, ())
+
+
+def _allocated(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
+    """The allocation that the curves call best within a budget."""
+    if s.config.uniform:
+        return _allocated_uniform(s, p, budget)
+    rest = s.cost(s.whole) - sum(curve.costs[0] for curve in p.curves)
+    if s.config.constraint.startswith("parameters"):
+        price = [curve.costs for curve in p.curves]
+    else:  # price every level by what it saves when taken alone
+        rest = 0.0
+        whole = s.cost(s.whole)
+        price = [
+            tuple(
+                whole / len(p.curves) - whole + s.cost(sensitivity.with_level(s.whole, c.layer, level))
+                for level in c.levels
+            )
+            for c in p.curves
+        ]
+    found = allocate(price, [curve.nats for curve in p.curves], budget - rest)
+    return [sensitivity.subnetwork_of(p.curves, found.levels, s.whole.hidden)]
+
+
+def _allocated_uniform(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
+    """The best few uniform networks by prediction, for every head count and depth the widest MLP that fits."""
+    attention, widths, depths, _ = p.space.genes
+    found = []
+    for a in range(len(attention.options)):
+        for d in range(len(depths.options)):
+            fitting = (p.space.build((a, w, d, 0)) for w in range(len(widths.options)))
+            best = next((sub for sub in fitting if s.cost(sub) <= budget), None)
+            if best is not None:
+                found.append(best)
+    found.sort(key=lambda sub: sensitivity.predict(p.curves, sub))
+    return found[:8]
+
+
+def _windows(ids: Tensor) -> Tensor:
+    """Windows of at most WINDOW tokens, as many as fit: what candidates are judged on."""
+    length = min(WINDOW, ids.shape[1])
+    per_row = ids.shape[1] // length
+    return ids[:, : per_row * length].reshape(-1, length)
+
+
+def _stacked(order: Tensor | list[Tensor]) -> Tensor:
+    return torch.stack(list(order)).contiguous() if isinstance(order, list) else order.contiguous()
+
+
+def _counted(s: Session, advance: Callable[[int], None], passes: int) -> Callable[[int], None]:
+    """Progress that also counts forward tokens; a backward pass counts as two forwards."""
+
+    def step(n: int) -> None:
+        advance(n)
+        s.run.count_tokens(passes * n)
+
+    return step
+
+
+def _move(folder: Path, target: Path) -> None:
+    os.replace(folder, target)
+
+
+def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]) -> dict[str, Override]:
+    """Writer weights of every chosen network: one-shot, or after the sequential pass where that is better."""
+    paths = {name: f"weights/{name}.safetensors" for name in chosen}
+    inputs = {name: {"subnetwork": sub.key()} for name, sub in chosen.items()}
+    missing = [name for name in chosen if not s.run.done(paths[name], inputs[name])]
+    made: dict[str, dict[str, Tensor]] = {}
+
+    def compute(name: str) -> dict[str, Tensor]:
+        if not made:  # all that are missing travel together: the dense model runs once for all
+            made.update(_refit_missing(s, p, ids, {n: chosen[n] for n in missing}))
+        return made[name]
+
+    out: dict[str, Override] = {}
+    for name in chosen:
+        found = s.run.do("extract", paths[name], lambda name=name: compute(name), inputs=inputs[name])  # type: ignore[misc]
+        out[name] = {_address(key): weight.to(s.device) for key, weight in found.items()}
+    return out
+
+
+def _refit_missing(
+    s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]
+) -> dict[str, dict[str, Tensor]]:
+    r = s.config.reform
+    one_shot = {name: dict(p.database(sub)) for name, sub in chosen.items()}
+    if r.method == "none" or not r.sequential:
+        return {name: _named(weights) for name, weights in one_shot.items()}
+    settings = sequential.SequentialSettings(drift=r.drift, damping=r.sequential_damping, micro=MICRO)
+    n = len(s.stream)
+    with s.progress("sequential pass", n * len(chosen) * ids.numel()) as advance:
+
+        def step(tokens: int) -> None:
+            advance(tokens)
+            s.run.count_tokens(round(tokens * 2.4 / n))
+
+        pairs = [(sub, one_shot[name]) for name, sub in chosen.items()]
+        refitted = sequential.refit_all(s.stream, ids, pairs, settings, advance=step)
+    kept = {}
+    for (name, sub), new in zip(chosen.items(), refitted, strict=True):
+        before, after = (_holdout_nats(s, p, sub, w) for w in (one_shot[name], new))
+        s.run.note(f"sequential/{name}", {"one_shot_nats": before, "sequential_nats": after})
+        kept[name] = _named(new if after < before else one_shot[name])
+    return kept
+
+
+def _holdout_nats(s: Session, p: Prepared, sub: SubNetwork, weights: Override) -> float:
+    """Mean KL on all held-out windows."""
+    held = Divergence(s.stream, p.objective.pool, lambda _: weights, holdout=p.objective.holdout, windows=(1,))
+    assert held.holdout is not None
+    values = held.measure([sub], range(len(held.holdout)), holdout=True)[0]
+    s.run.count_tokens(int(held.forward_tokens))
+    return sum(values) / len(values)
+
+
+def _named(weights: Override) -> dict[str, Tensor]:
+    return {f"{i}|{path}": weight.cpu().contiguous() for (i, path), weight in weights.items()}
+
+
+def _address(key: str) -> tuple[int, str]:
+    i, _, path = key.partition("|")
+    return int(i), path
+
+
+def save_network(
+    s: Session, name: str, sub: SubNetwork, weights: Override, card: str, manifest: dict[str, Any]
+) -> Path:
+    """Extract one network and save it as a checkpoint `models/<name>/`."""
+    uniform = True if s.config.uniform else None
+
+    def compute() -> nn.Module:
+        return extract(s.model, s.family, sub, weights, uniform=uniform)
+
+    def save(model: nn.Module, path: Path) -> None:
+        checkpoint.save(model, s.tokenizer, path, card=card, manifest=manifest, generation_config=s.generation_config)
+
+    inputs = {"subnetwork": sub.key(), "weights": s.run.sha256(f"weights/{name}.safetensors"), "card": card}
+    s.run.do("extract", f"models/{name}", compute, save=save, load=lambda path: nn.Identity(), inputs=inputs)
+    return s.run.path(f"models/{name}")
