@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from prunus.checkpoint import blank
 from prunus.errors import UserError
 from prunus.families import AXES, UNCUT, Family, Part, dims, full, is_dropped, size_of
 from prunus.rows import Row, check, layers_of, rows
@@ -37,6 +38,10 @@ def check_subnetwork(config: Any, sub: SubNetwork) -> None:
         for unit in ("kv_heads", "q_per_kv", "mlp"):
             if not 0 <= getattr(layer, unit) <= d[unit]:
                 raise UserError(f"layer {i}: {unit} {getattr(layer, unit)} is outside 0..{d[unit]}")
+        for unit in ("kv_heads", "q_per_kv", "mlp"):
+            named = getattr(sub.kept[i], unit) if sub.kept else None
+            if named is not None and (len(set(named)) < len(named) or not set(named) <= set(range(d[unit]))):
+                raise UserError(f"layer {i}: {unit} names a member twice, or one outside 0..{d[unit] - 1}")
     if not sub.layers[0].attends:
         raise UserError(
             "the attention of layer 0 is never dropped: static caches and llama.cpp take their sizes from it; "
@@ -221,8 +226,9 @@ class _Active:
     undo: list[Callable[[], Any]]
 
     def enter(self, model: nn.Module) -> None:
-        try:
-            _activate(model, self)
+        try:  # the modes of the block itself: returning to it may happen inside an inner block of other modes
+            with torch.inference_mode(False), torch.set_grad_enabled(self.grad):
+                _activate(model, self)
         except BaseException:
             self.leave()
             raise
@@ -361,6 +367,7 @@ def _fit_roots(model: nn.Module, family: Family, size: Mapping[str, int], undo: 
     for path, axis in family.roots.items():
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
+        module = getattr(module, "base_layer", module)  # below a LoRA adapter
         old = getattr(module, name)
         _set(module, name, torch.full_like(old, size_of(axis, size) ** 0.5), undo)
 
@@ -399,8 +406,6 @@ def extract(
     A uniform sub-network gives a stock class; any other gives the self-contained ragged class of `prunus.ragged`.
     uniform: True refuses with UserError what the stock configuration cannot express; None chooses.
     """
-    from prunus.checkpoint import blank  # the loader knows classes and configs; this file knows shapes
-
     small = blank(model.config, family, sub, uniform=uniform, dtype=next(model.parameters()).dtype)
     missing, unexpected = small.load_state_dict(state_of(model, family, sub, override), strict=False)
     tied = set(getattr(small, "all_tied_weights_keys", None) or getattr(small, "_tied_weights_keys", None) or ())

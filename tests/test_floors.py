@@ -1,0 +1,81 @@
+"""The house has floors: a file imports only from its own floor and those below it, and never in a circle."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "prunus"
+NO_FLOOR = {
+    "__init__",
+    "ragged",
+}  # the front door, and a file that travels with checkpoints and imports nothing of ours
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+TORCHLESS = ("torch", "transformers", "peft", "accelerate")
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def floor(module: str) -> int:
+    found = re.match(r"Floor (\d): ", ast.get_docstring(tree(module)) or "")
+    assert found, f'prunus/{module}.py begins with its floor: """Floor N: what it is."""'
+    return int(found[1])
+
+
+def imported(module: str, whole_file: bool) -> set[str]:
+    """Modules that a file imports: at its top, or also inside functions. What only type checkers read is left out."""
+    names: set[str] = set()
+    hidden = {id(n) for block in ast.walk(tree(module)) if _for_types(block) for n in ast.walk(block)}
+    for node in ast.walk(tree(module)) if whole_file else tree(module).body:
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+
+
+def own(module: str, whole_file: bool = False) -> set[str]:
+    parts = (name.split(".") for name in imported(module, whole_file) if name.startswith("prunus."))
+    return {p[1] for p in parts if p[1] in MODULES}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in NO_FLOOR])
+def test_imports_only_from_its_floor_and_below(module: str) -> None:
+    above = {other: floor(other) for other in own(module) - NO_FLOOR if floor(other) > floor(module)}
+    assert above == {}, f"{module} stands on floor {floor(module)}"
+
+
+def test_no_circles() -> None:
+    tuple(TopologicalSorter({m: own(m) - {"__init__"} for m in MODULES}).static_order())
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in NO_FLOOR])
+def test_plain_data_and_the_report_need_no_torch(module: str) -> None:
+    if floor(module) in (0, 4):
+        assert {name.split(".")[0] for name in imported(module, whole_file=False)}.isdisjoint(TORCHLESS)
+
+
+def test_the_travelling_file_imports_nothing_of_ours() -> None:
+    assert own("ragged", whole_file=True) == set()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m not in NO_FLOOR])
+def test_the_map_in_the_readme_has_every_file(module: str) -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    row = next(line for line in lines if line.startswith(f"| {floor(module)} "))
+    assert f"`{module}`" in row
