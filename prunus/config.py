@@ -94,9 +94,19 @@ class ReformConfig(_Section):
     method: Literal["closed-form", "admm", "none"] = setting(
         "closed-form", "reformation of the kept weights", step="reform", flag="reform"
     )
-    damping: float = setting(0.01, "ridge, as a share of the Gram matrix's mean diagonal", step="reform", low=0.0)
+    damping: float = setting(0.003, "ridge, as a share of the Gram matrix's mean diagonal", step="score", low=0.0)
+    fisher: int = setting(
+        8,
+        "calibration sequences that the loss's curvature is taken from, to weigh errors by; 0: none",
+        step="score",
+        low=0,
+    )
+    block: int = setting(16, "neurons that the greedy order removes at a time", step="score", low=1)
+    sensitivity: int = setting(
+        2, "levels of each sub-layer whose divergence is measured; 0: trust the curvature", step="reform", low=0
+    )
     order: Literal["greedy", "score"] = setting(
-        "greedy", "order of units: greedy removal with compensation, or the score as it is", step="reform"
+        "greedy", "order of units: greedy removal with compensation, or the score as it is", step="score"
     )
     iterations: int = setting(30, "iterations of ADMM", step="reform", low=1)
     sequential: bool = setting(
@@ -104,6 +114,9 @@ class ReformConfig(_Section):
     )
     sequential_damping: float = setting(
         0.3, "ridge of that pass, towards the reformed weights", step="extract", low=0.0
+    )
+    readers: float | None = setting(
+        0.3, "ridge of that pass for the matrices that read the residual stream; `none` leaves them", step="extract", low=0.0
     )
     drift: float = setting(
         1.0, "share of the residual stream's drift that the pass is asked to undo", step="extract", low=0.0, high=2.0
@@ -138,6 +151,9 @@ class SearchConfig(_Section):
     )
     population: int = setting(8, "candidates that survive a generation", step="search", low=1)
     offspring: int = setting(32, "candidates tried in each generation", step="search", flag="offspring", low=1)
+    slack: float = setting(
+        0.002, "how far below its budget a network may stay, as a share of the budget", step="search", above=0, high=0.2
+    )
     mlp_step: int = setting(32, "neurons between two levels of an MLP", step="search", low=1)
     depth: bool = setting(True, "whole attention and MLP sub-blocks may go", step="search")
     hidden: bool = setting(False, "the hidden size may shrink", step="search")
@@ -208,13 +224,7 @@ class CompressConfig(_Section):
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> CompressConfig:
         """From nested or dotted keys ("search.generations"); unknown keys and bad values raise UserError."""
-        flat = flatten(raw)
-        known = settings()
-        for key in flat:
-            if key in _sections():
-                raise UserError(f"{key} is a group of settings, given {flat[key]!r}; write its members under it")
-            if key not in known:
-                raise UserError(f"unknown setting {key!r}{_nearest(key, known)}")
+        flat = _checked(flatten(raw))
         if flat.get("model") is None:
             raise UserError("no model was named; give a hub id, a local directory or a .gguf file")
         values: dict[str, Any] = {}
@@ -396,6 +406,23 @@ def resolve(file: str | Path | None = None, flags: Mapping[str, Any] | None = No
     flat = flatten(read_yaml(file)) if file is not None else {}
     flat |= {key: value for key, value in (flags or {}).items() if value is not None}
     return CompressConfig.from_dict(flat)
+
+
+def overrides(file: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a file and flags over it ask of a run that has a configuration already: dotted keys, checked values."""
+    flat = flatten(read_yaml(file)) if file is not None else {}
+    flat |= {key: value for key, value in (flags or {}).items() if value is not None}
+    return {key: settings()[key].parse(value) for key, value in _checked(flat).items()}
+
+
+def _checked(flat: dict[str, Any]) -> dict[str, Any]:
+    known = settings()
+    for key, value in flat.items():
+        if key in _sections():
+            raise UserError(f"{key} is a group of settings, given {value!r}; write its members under it")
+        if key not in known:
+            raise UserError(f"unknown setting {key!r}{_nearest(key, known)}")
+    return flat
 
 
 def to_yaml(config: CompressConfig | Mapping[str, Any], header: str = "") -> str:

@@ -1,18 +1,21 @@
-"""Floor 3: the final pass over chosen sub-networks: refit every writer on what the compressed prefix really produces.
+"""Floor 3: the final pass over chosen sub-networks: refit every matrix on what the compressed prefix really produces.
 
-Layer by layer, from the inputs that the already compressed layers give, towards the dense sub-layer's output plus a
-share of the drift between the dense and the compressed residual stream, so that each layer mends what the earlier
-ones broke. Closed form, no gradients. All candidates travel together: the dense model runs once for all of them.
+Layer by layer, from the inputs that the already compressed layers give. Writers (output and down projections) aim at
+the dense sub-layer's output plus a share of the drift between the dense and the compressed residual stream, so that
+each layer mends what the earlier ones broke; readers (query, key, value, gate, up) aim at what they gave on the dense
+model's inputs. Closed form, no gradients. All candidates travel together: the dense model runs once for all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from prunus.families import Family
 from prunus.moments import add_products, stored, writer_weight
 from prunus.reform import refit
 from prunus.slicing import Override, activate
@@ -28,10 +31,12 @@ class SequentialSettings:
     """drift: share of the residual stream's drift in the target (0: the plain output of the dense sub-layer).
 
     damping: ridge towards the weights of before, relative to the mean diagonal of the Gram matrix.
+    reader_damping: the same for readers; None leaves them alone.
     """
 
     drift: float = 1.0
     damping: float = 0.3
+    reader_damping: float | None = 0.3
     micro: int = 4
 
 
@@ -58,7 +63,7 @@ def refit_all(
     accept: Accept | None = None,
     advance: Advance | None = None,
 ) -> list[dict[tuple[int, str], Tensor]]:
-    """Refitted writer weights of every candidate, in storage order; ids (n, length) are calibration windows.
+    """Refitted weights of every candidate, in storage order; ids (n, length) are calibration windows.
 
     candidates: sub-networks of the sorted super-network with their one-shot weights (`levels.Levels`), the prior that
     the ridge pulls towards. accept: asked once per candidate and layer; where it says no the layer keeps its prior.
@@ -70,29 +75,50 @@ def refit_all(
         with activate(stream.model, stream.family, sub):
             travellers.append(_Traveller(sub, dict(override), [stream.embed(batch) for batch in batches]))
     for i in range(len(stream)):
-        outputs, after = _dense_layer(stream, i, dense)
+        truth = _dense_layer(stream, i, dense)
         for c, traveller in enumerate(travellers):
-            _refit_layer(stream, i, c, traveller, dense, outputs, after, settings, accept)
+            _refit_layer(stream, i, c, traveller, truth, settings, accept)
             if advance:
                 advance(ids.numel())
-        dense = after
+        dense = truth.after
     return [t.weights for t in travellers]
 
 
-def _dense_layer(stream: LayerStream, i: int, dense: list[Tensor]) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-    """Both writers' outputs of the dense layer, and the hidden states behind it, batch by batch."""
+@dataclass(frozen=True)
+class _Truth:
+    """What the dense layer does, batch by batch: states before and behind it, its writers' outputs, readers' inputs."""
+
+    before: list[Tensor]
+    after: list[Tensor]
+    outputs: dict[str, list[Tensor]]
+    inputs: dict[str, list[Tensor]]  # of the first reader of each sub-layer; its other readers see the same
+
+
+def readers_of(family: Family, part: Literal["attention", "mlp"]) -> list[str]:
+    """The matrices of a sub-layer that read the residual stream; all of them have the same input."""
+    table = family.attention if part == "attention" else family.mlp
+    return [path for path, row in table.items() if row.startswith("hidden ->")]
+
+
+def _dense_layer(stream: LayerStream, i: int, dense: list[Tensor]) -> _Truth:
     layer, family = stream.layers[i], stream.family
     outputs: dict[str, list[Tensor]] = {family.attention_writer: [], family.mlp_writer: []}
+    inputs: dict[str, list[Tensor]] = {readers_of(family, "attention")[0]: [], readers_of(family, "mlp")[0]: []}
     hooks = [
         layer.get_submodule(path).register_forward_hook(lambda _, __, out, p=path: outputs[p].append(out))
         for path in outputs
+    ]
+    hooks += [
+        layer.get_submodule(path).register_forward_pre_hook(lambda _, x, p=path: inputs[p].append(x[0]))
+        for path in inputs
     ]
     try:
         after = [stream.run(i, hidden) for hidden in dense]
     finally:
         for hook in hooks:
             hook.remove()
-    return {p: [o.view_as(h) for o, h in zip(out, dense, strict=True)] for p, out in outputs.items()}, after
+    outputs = {p: [o.view_as(h) for o, h in zip(out, dense, strict=True)] for p, out in outputs.items()}
+    return _Truth(dense, after, outputs, inputs)
 
 
 def _refit_layer(
@@ -100,30 +126,31 @@ def _refit_layer(
     i: int,
     c: int,
     traveller: _Traveller,
-    dense: list[Tensor],
-    outputs: dict[str, list[Tensor]],
-    after: list[Tensor],
+    truth: _Truth,
     settings: SequentialSettings,
     accept: Accept | None,
 ) -> None:
     family, shape = stream.family, traveller.sub.layers[i]
     before = dict(traveller.weights)
-    drift = 0.0 if family.post_norm or traveller.sub.hidden != dense[0].shape[-1] else settings.drift
-    if shape.attends and traveller.sub.hidden == dense[0].shape[-1]:
+    whole = traveller.sub.hidden == truth.before[0].shape[-1]  # else there is no dense output to aim at
+    drift = 0.0 if family.post_norm else settings.drift
+    if shape.attends and whole:
+        _refit_readers(stream, i, traveller, "attention", truth, settings)
         path = family.attention_writer
-        target = _targets(outputs[path], dense, traveller.hidden, drift)
+        target = _targets(truth.outputs[path], truth.before, traveller.hidden, drift)
         with activate(stream.model, family, traveller.sub, traveller.weights):
             moments = _Moments(stream.layers[i], path)
             for hidden, y in zip(traveller.hidden, target, strict=True):
                 moments.add(_input_only(stream, i, path, hidden), y)
             new = moments.solve(settings.damping)
         traveller.weights[i, path] = new
-    refits_mlp = bool(shape.mlp) and traveller.sub.hidden == dense[0].shape[-1]
+    if shape.mlp and whole:
+        _refit_readers(stream, i, traveller, "mlp", truth, settings)
     with activate(stream.model, family, traveller.sub, traveller.weights):
-        if not refits_mlp:
-            moved = [stream.run(i, hidden) for hidden in traveller.hidden]
+        if shape.mlp and whole:
+            moved = _refit_mlp(stream, i, traveller, truth, drift, settings)
         else:
-            moved = _refit_mlp(stream, i, traveller, outputs[family.mlp_writer], after, drift, settings)
+            moved = [stream.run(i, hidden) for hidden in traveller.hidden]
     if accept is not None and not accept(c, i, before, traveller.weights):
         traveller.weights = before
         with activate(stream.model, family, traveller.sub, traveller.weights):
@@ -131,12 +158,37 @@ def _refit_layer(
     traveller.hidden = moved
 
 
+def _refit_readers(
+    stream: LayerStream,
+    i: int,
+    traveller: _Traveller,
+    part: Literal["attention", "mlp"],
+    truth: _Truth,
+    settings: SequentialSettings,
+) -> None:
+    """Readers give on the drifted inputs what they gave on the dense ones, as nearly as a matrix can."""
+    if settings.reader_damping is None or (i == 0 and part == "attention"):  # the inputs of layer 0 have not drifted
+        return
+    layer, paths = stream.layers[i], readers_of(stream.family, part)
+    n = traveller.sub.hidden
+    gram, cross, tokens = torch.zeros(n, n, device=stream.device), torch.zeros(n, n, device=stream.device), 0
+    with activate(stream.model, stream.family, traveller.sub, traveller.weights):
+        for hidden, wanted in zip(traveller.hidden, truth.inputs[paths[0]], strict=True):
+            x, y = _input_only(stream, i, paths[0], hidden).flatten(0, -2), wanted.flatten(0, -2)
+            add_products(gram, x, x)
+            add_products(cross, x, y)
+            tokens += len(x)
+        for path in paths:
+            prior = writer_weight(layer, path)
+            new = refit(gram / tokens, cross / tokens @ prior.float().T, prior, settings.reader_damping)
+            traveller.weights[i, path] = stored(layer, path, new)
+
+
 def _refit_mlp(
     stream: LayerStream,
     i: int,
     traveller: _Traveller,
-    outputs: list[Tensor],
-    after: list[Tensor],
+    truth: _Truth,
     drift: float,
     settings: SequentialSettings,
 ) -> list[Tensor]:
@@ -144,6 +196,7 @@ def _refit_mlp(
     family = stream.family
     layer, path = stream.layers[i], stream.family.mlp_writer
     moments, kept, rests = _Moments(layer, path), [], []
+    outputs, after = truth.outputs[path], truth.after
     for b, hidden in enumerate(traveller.hidden):
         own: list[Tensor] = []
         hook = layer.get_submodule(path).register_forward_hook(lambda _, __, out, own=own: own.append(out))

@@ -428,7 +428,9 @@ def _refit_missing(
     one_shot = {name: dict(p.database(sub)) for name, sub in chosen.items()}
     if r.method == "none" or not r.sequential:
         return {name: _named(weights) for name, weights in one_shot.items()}
-    settings = sequential.SequentialSettings(drift=r.drift, damping=r.sequential_damping, micro=MICRO)
+    settings = sequential.SequentialSettings(
+        drift=r.drift, damping=r.sequential_damping, reader_damping=r.readers, micro=MICRO
+    )
     n = len(s.stream)
     with s.progress("sequential pass", n * len(chosen) * ids.numel()) as advance:
 

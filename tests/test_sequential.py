@@ -35,13 +35,13 @@ def test_the_dense_network_needs_no_mending(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("drift", [0.0, 1.0])
-def test_the_last_hidden_states_come_closer(name: str, drift: float) -> None:
+@pytest.mark.parametrize(("drift", "readers"), [(0.0, None), (1.0, None), (1.0, 0.1)])
+def test_the_last_hidden_states_come_closer(name: str, drift: float, readers: float | None) -> None:
     model, ids = tiny(name), tokens(24, 17)
     family = family_of(model.config)
     stream = LayerStream(model, family)
     sub = narrow(model.config)
-    settings = SequentialSettings(drift=drift, damping=1e-2, micro=5)
+    settings = SequentialSettings(drift=drift, damping=1e-2, reader_damping=readers, micro=5)
     (weights,) = refit_all(stream, ids, [(sub, {})], settings)
 
     def states(override: dict[tuple[int, str], torch.Tensor] | None) -> torch.Tensor:
