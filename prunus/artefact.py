@@ -1,4 +1,4 @@
-"""Floor 4: files that are whole or not there: written under another name, flushed to the disk, then renamed."""
+"""Floor 0: files that are whole or not there: written under another name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Floor 3: the pictures of a report, drawn from plain numbers: PNG and SVG, without a browser or a display.
+"""Floor 4: the pictures of a report, drawn from plain numbers: PNG and SVG, without a browser or a display.
 
 Colours are Okabe and Ito's, which people with any kind of colour vision can tell apart; every method has a marker of
 its own too. No torch, and no global state of matplotlib: each picture is a `Figure` of its own.
@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from prunus.artefact import flush, place, writing
 
 INK, GREY, BLUE = "#1b1b1b", "#8c8c8c", "#0072B2"
 MARKS: tuple[tuple[str, str], ...] = (  # colour and marker of each method, in the order of their first candidate
@@ -86,6 +88,7 @@ class Step(TypedDict):
     seconds: float
     forward_tokens: int
     peak_bytes: int  # peak memory of the process while the step ran
+    peak_cuda_bytes: NotRequired[int]  # the same on a GPU
 
 
 class ErrorCurve(TypedDict):
@@ -98,15 +101,16 @@ class ErrorCurve(TypedDict):
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg, each by renaming a finished file, and return their paths."""
+    """Write `stem`.png and `stem`.svg, each whole or not at all, and return their paths."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
     for ending, options in (("png", {"dpi": 160}), ("svg", {"metadata": {"Date": None}})):
         path = stem.with_name(f"{stem.name}.{ending}")
-        unfinished = path.with_name(f".{path.name}.tmp")
-        with mpl.rc_context(STYLE):
-            figure.savefig(unfinished, format=ending, bbox_inches="tight", pad_inches=0.15, **options)
-        os.replace(unfinished, path)
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        with writing(path, partial), mpl.rc_context(STYLE):
+            figure.savefig(partial, format=ending, bbox_inches="tight", pad_inches=0.15, **options)
+            flush(partial)
+            place(partial, path)
         paths.append(path)
     return paths
 
@@ -332,11 +336,14 @@ def _cells(
 
 def cost(steps: Sequence[Step]) -> Figure:
     """Seconds, forward tokens and peak memory of every step, as bars with their figures."""
-    columns: tuple[tuple[str, str, list[float], str], ...] = (
+    columns: list[tuple[str, str, list[float], str]] = [
         ("Time", BLUE, [s["seconds"] for s in steps], "{:,.3g} s"),
         ("Forward tokens", "#009E73", [s["forward_tokens"] / 1e3 for s in steps], "{:,.4g} k"),
         ("Peak memory", "#E69F00", [s["peak_bytes"] / 1e9 for s in steps], "{:.2f} GB"),
-    )
+    ]
+    on_gpu = [s.get("peak_cuda_bytes", 0) / 1e9 for s in steps]
+    if any(on_gpu):
+        columns.append(("Peak GPU memory", "#CC79A7", on_gpu, "{:.2f} GB"))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 1.0 + 0.36 * len(steps)), layout="constrained")
         axes = figure.subplots(1, len(columns), sharey=True)

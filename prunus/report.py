@@ -6,12 +6,12 @@ Every figure comes from `ReportData`; what was not measured is left out or shown
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 from prunus import pictures
+from prunus.artefact import write_text
 from prunus.pictures import ErrorCurve, Network, Step, Tried
 
 COLLAPSE_NATS = 1.0  # above this divergence per token the text usually falls apart; the report says so
@@ -41,7 +41,7 @@ class ReportData(TypedDict):
 def write_report(run_dir: Path | str, data: ReportData) -> Path:
     """Write `report.md`, `report.json` and the pictures `report/*.png` and `.svg` into a run; return report.md's path.
 
-    Old ones are replaced file by file, each by renaming a finished file, so a killed run leaves no half report.
+    Old ones are replaced file by file, each whole or not at all, so a killed run leaves no half file.
     """
     run_dir = Path(run_dir)
     folder = run_dir / "report"
@@ -52,15 +52,9 @@ def write_report(run_dir: Path | str, data: ReportData) -> Path:
         pictures.save(pictures.cost(data["steps"]), folder / "cost")
     if data.get("error_curves"):
         pictures.save(pictures.errors(data["error_curves"]), folder / "errors")
-    _replace(run_dir / "report.json", json.dumps(data, indent=1))
-    _replace(run_dir / "report.md", markdown(data))
+    write_text(run_dir / "report.json", json.dumps(data, indent=1))
+    write_text(run_dir / "report.md", markdown(data))
     return run_dir / "report.md"
-
-
-def _replace(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def markdown(data: ReportData) -> str:
@@ -229,15 +223,20 @@ def _cost(data: ReportData) -> str:
     steps = data["steps"]
     if not steps:
         return ""
+    head = ["step", "seconds", "forward tokens", "peak memory"]
     rows = [
-        [_cell(s["name"]), f"{s['seconds']:,.1f}", f"{s['forward_tokens']:,}", f"{s['peak_bytes'] / 1e9:.2f} GB"]
-        for s in steps
+        [_cell(s["name"]), f"{s['seconds']:,.1f}", f"{s['forward_tokens']:,.0f}", _gb(s["peak_bytes"])] for s in steps
     ]
     seconds, tokens = sum(s["seconds"] for s in steps), sum(s["forward_tokens"] for s in steps)
     peak = max(s["peak_bytes"] for s in steps)
-    rows.append(["**whole run**", f"**{seconds:,.1f}**", f"**{tokens:,}**", f"**{peak / 1e9:.2f} GB**"])
+    rows.append(["**whole run**", f"**{seconds:,.1f}**", f"**{tokens:,.0f}**", f"**{_gb(peak)}**"])
+    on_gpu = [s.get("peak_cuda_bytes", 0) for s in steps]
+    if any(on_gpu):
+        head.append("peak GPU memory")
+        for row, n in zip(rows, [*on_gpu, max(on_gpu)], strict=True):
+            row.append(_gb(n))
     words = ["## What it cost", "![seconds, forward tokens and memory of every step](report/cost.png)"]
-    words.append(table(["step", "seconds", "forward tokens", "peak memory"], rows))
+    words.append(table(head, rows))
     if "machine" in data:
         words.append(f"Machine: {data['machine']}.")
     return "\n\n".join(words)
@@ -267,6 +266,10 @@ def _flat(title: str, facts: Mapping[str, Any]) -> list[list[str]]:
 
 def _millions(parameters: int) -> str:
     return f"{parameters / 1e9:.3f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
+
+
+def _gb(n: int) -> str:
+    return f"{n / 1e9:.2f} GB"
 
 
 def _cell(text: str) -> str:

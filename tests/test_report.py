@@ -12,6 +12,7 @@ import pytest
 from matplotlib.patches import Rectangle
 
 from prunus import pictures
+from prunus.errors import UserError
 from prunus.pictures import Network, Tried
 from prunus.report import ReportData, markdown, table, write_report
 
@@ -156,11 +157,25 @@ def test_files_and_pictures(tmp_path: Path) -> None:
 
 
 def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        write_report(tmp_path / folder, report_data())
-    for one in sorted((tmp_path / "a").rglob("*.*")):
-        assert one.read_bytes() == (tmp_path / "b" / one.relative_to(tmp_path / "a")).read_bytes(), one.name
+    data = report_data()
+    one, two = (pictures.save(pictures.kept(data["dense"], data["chosen"]), tmp_path / n / "kept") for n in "ab")
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+
+
+def test_gpu_memory_is_shown_where_there_is_some(tmp_path: Path) -> None:
+    data = report_data()
+    assert "GPU" not in markdown(data)
+    data["steps"][1]["peak_cuda_bytes"] = 3_210_000_000
+    assert "3.21 GB" in markdown(data)
+    assert len(pictures.cost(data["steps"]).axes) == 4
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    data = report_data()
+    (tmp_path / "kept.svg").mkdir()  # a directory stands where the picture belongs
+    with pytest.raises((UserError, OSError)):
+        pictures.save(pictures.kept(data["dense"], data["chosen"]), tmp_path / "kept")
+    assert {p.name for p in tmp_path.iterdir()} == {"kept.png", "kept.svg"}
 
 
 def test_the_front_shows_dense_chosen_and_tried() -> None:

@@ -1,0 +1,116 @@
+"""Redraw the tables of README.md and benchmarks/README.md from benchmarks/results/*.json, so that no figure is typed.
+
+A block between `<!-- results:NAME -->` and `<!-- /results:NAME -->` is replaced by the view NAME: `FILE` or `FILE.VIEW`
+of benchmarks/results/FILE.json. `--check` changes nothing and exits with 1 if a block is not what the files say.
+The format of a results file is described in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunus.report import table
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "benchmarks/README.md")
+BLOCK = re.compile(r"^<!-- results:(?P<name>[\w.-]+) -->\n.*?^<!-- /results:(?P=name) -->$", re.DOTALL | re.MULTILINE)
+MARK = re.compile(r"^<!-- /?results:[\w.-]+ -->$", re.MULTILINE)
+
+
+def render(page: str, results: Path) -> str:
+    """The page with every block redrawn; raises ValueError for a marker without its partner."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- results:{name} -->\n{view(name, results)}\n<!-- /results:{name} -->"
+
+    left = MARK.search(BLOCK.sub("", page))
+    if left:
+        raise ValueError(f"{left[0]} has no partner; a block begins with results:NAME and ends with /results:NAME")
+    return BLOCK.sub(block, page)
+
+
+def view(name: str, results: Path) -> str:
+    """One view as Markdown: its table, a sentence, and what was typed where to get it."""
+    file, _, wanted = name.partition(".")
+    path = results / f"{file}.json"
+    if not path.exists():
+        return f"*No figures yet: `benchmarks/results/{file}.json` does not exist.*"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    views: Mapping[str, Any] = data["views"]
+    one = views[wanted] if wanted else next(iter(views.values()))
+    rows = [row for row in data["rows"] if all(row.get(k) == v for k, v in one.get("where", {}).items())]
+    parts = [across(rows, one) if "across" in one else columns(rows, one)]
+    parts += [one["note"]] if "note" in one else []
+    versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
+    parts.append(f"`{data['command']}` on {data['machine']}; {versions}. Figures: `benchmarks/results/{file}.json`.")
+    return "\n\n".join(parts)
+
+
+def columns(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
+    """A table with a line for each row: `columns` lists [key, title, format]."""
+    head = [title for _, title, _ in one["columns"]]
+    return table(head, [[_number(row.get(key), form) for key, _, form in one["columns"]] for row in rows])
+
+
+def across(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
+    """A table with a line for each `index` and a column for each value of `across`; the best of a column is bold.
+
+    `best` is "min" or "max"; rows whose `index` is in `reference` (the dense model, say) are not compared.
+    """
+    lines = list(dict.fromkeys(row[one["index"]] for row in rows))
+    heads = list(dict.fromkeys(row[one["across"]] for row in rows))
+    value = {(row[one["index"]], row[one["across"]]): row.get(one["value"]) for row in rows}
+    best = {}
+    if "best" in one:
+        choose = {"min": min, "max": max}[one["best"]]
+        for head in heads:
+            rivals = [value.get((line, head)) for line in lines if line not in one.get("reference", [])]
+            best[head] = choose((v for v in rivals if v is not None), default=None)
+    body = []
+    for line in lines:
+        cells = [str(line)]
+        for head in heads:
+            v = value.get((line, head))
+            text = _number(v, one["format"])
+            bold = v is not None and v == best.get(head) and line not in one.get("reference", [])
+            cells.append(f"**{text}**" if bold else text)
+        body.append(cells)
+    titles = [_number(head, one.get("across_format", "")) for head in heads]
+    return table([one["title"], *titles], body)
+
+
+def _number(value: Any, form: str) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, str) else format(value, form)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Redraw or check every page; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Redraw the tables of the README files from benchmarks/results.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    stale = []
+    for name in PAGES:
+        path: Path = options.root / name
+        old = path.read_text(encoding="utf-8")
+        new = render(old, options.root / "benchmarks" / "results")
+        if new != old:
+            stale.append(name)
+            if not options.check:
+                path.write_text(new, encoding="utf-8")
+    for name in stale:
+        print(f"{name}: {'out of date, run `make results`' if options.check else 'redrawn'}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The tables of the pages are what the results files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def renderer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks" / "render.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> Path:
+    rows = [
+        {"method": m, "kept": k, "perplexity": p}
+        for m, k, p in (("dense", 0.8, 23.69), ("ours", 0.8, 28.512), ("rival", 0.8, 36.17), ("rival", 0.5, 469.0))
+    ]
+    results = {
+        "command": "prunus bench demo",
+        "machine": "2 cores",
+        "versions": {"torch": "2.13.0"},
+        "rows": rows,
+        "views": {
+            "main": {
+                "title": "perplexity",
+                "index": "method",
+                "across": "kept",
+                "across_format": ".0%",
+                "value": "perplexity",
+                "format": ".2f",
+                "best": "min",
+                "reference": ["dense"],
+            },
+            "long": {"where": {"method": "rival"}, "columns": [["kept", "kept", ".0%"], ["perplexity", "ppl", ".1f"]]},
+        },
+    }
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "wiki.json").write_text(json.dumps(results))
+    (tmp_path / "README.md").write_text("# A\n<!-- results:wiki -->\n<!-- /results:wiki -->\nend\n")
+    page = (
+        "<!-- results:wiki.long -->\nold\n<!-- /results:wiki.long -->\n<!-- results:none -->\n<!-- /results:none -->\n"
+    )
+    (tmp_path / "benchmarks" / "README.md").write_text(page)
+    return tmp_path
+
+
+def test_blocks_are_drawn_from_the_files(renderer: ModuleType, pages: Path) -> None:
+    assert renderer.main(["--root", str(pages)]) == 0
+    text = (pages / "README.md").read_text()
+    assert "| perplexity | 80% | 50% |" in text
+    assert "| ours | **28.51** | – |" in text
+    assert "| rival | 36.17 | **469.00** |" in text
+    assert "| dense | 23.69 | – |" in text  # a reference does not compete
+    assert "`prunus bench demo` on 2 cores; torch 2.13.0." in text
+    assert text.endswith("end\n")
+    other = (pages / "benchmarks" / "README.md").read_text()
+    assert "| 80% | 36.2 |\n| 50% | 469.0 |" in other
+    assert "old" not in other
+    assert "No figures yet" in other
+
+
+def test_check_finds_a_typed_number(renderer: ModuleType, pages: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert renderer.main(["--root", str(pages), "--check"]) == 1
+    renderer.main(["--root", str(pages)])
+    assert renderer.main(["--root", str(pages), "--check"]) == 0
+    page = pages / "README.md"
+    page.write_text(page.read_text().replace("28.51", "24.99"))
+    capsys.readouterr()
+    assert renderer.main(["--root", str(pages), "--check"]) == 1
+    assert capsys.readouterr().out == "README.md: out of date, run `make results`\n"
+    assert "24.99" in page.read_text()
+
+
+def test_a_marker_without_its_partner_is_refused(renderer: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no partner"):
+        renderer.render("<!-- results:a -->\n", tmp_path)
+
+
+def test_the_pages_of_this_repository_are_up_to_date(renderer: ModuleType) -> None:
+    assert renderer.main(["--check"]) == 0
