@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from prunus import changes
 from prunus.artefact import FORMATS, fingerprint, flush, matches, place, remove, write_text, writing
-from prunus.config import ANYWHERE, STEPS, difference, flatten, nest, settings, to_yaml
+from prunus.config import STEPS, difference, flatten, nest, to_yaml
 from prunus.errors import UserError
 from prunus.machine import Meter, environment, reset_peak
 
@@ -123,34 +124,31 @@ class Run:
 
     def _admit(self, config: Mapping[str, Any], source: Mapping[str, Any]) -> None:
         """Refuse what differs; take over what may differ."""
-        new, old = _plain(config), self.config
-        known = self.manifest["source"]
+        new, known = _plain(config), self.source
         identity = "sha256" if known.get("sha256") and source.get("sha256") else "id"
         if known.get(identity) != source.get(identity):
             raise UserError(
                 f"{str(self.directory)!r} is a run of another model: {_describe(known)}, given {_describe(source)}; "
                 "choose another --out"
             )
-        differing = [key for key in difference(old, new) if key != "model"]
-        flat_old, flat_new = flatten(old), flatten(new)
-        free = [key for key in differing if key in settings() and settings()[key].step == ANYWHERE]
-        added = [key for key in differing if _only_adds(key, flat_old.get(key), flat_new.get(key))]
-        refused = [key for key in differing if key not in free and key not in added]
+        differing = [key for key in difference(self.config, new) if key != "model"]  # the model's path may change
+        old_values, new_values = flatten(self.config), flatten(new)
+        refused = [
+            key
+            for key in differing
+            if not changes.is_free(key) and not changes.only_adds(key, old_values.get(key), new_values.get(key))
+        ]
         if refused:
             named = "; ".join(
-                f"{key}: {_show(flat_old, key)} in the run, {_show(flat_new, key)} now" for key in refused
+                f"{key}: {changes.show(old_values, key)} in the run, {changes.show(new_values, key)} now"
+                for key in refused
             )
             raise UserError(
                 f"{str(self.directory)!r} was made with another configuration ({named}). Give the recorded values "
-                f"(config.yaml there), choose another --out, or change a later step alone: {_verb_for(refused)}"
+                f"(see config.yaml there), choose another --out, or {changes.advice(refused)}"
             )
-        if difference(old, new):  # the model's path may have changed too
-            self._take(new, first=self._first_touched(added))
-
-    def _first_touched(self, added: Sequence[str]) -> str | None:
-        """The first step that must be done again where settings were added to; more ratios touch only the report."""
-        touched = ["report" if key == "keep" else settings()[key].step for key in added]
-        return min(touched, key=self.steps.index) if touched else None
+        if difference(self.config, new):
+            self._take(new, first=changes.first_touched(self.steps, old_values, new_values, differing))
 
     def close(self) -> None:
         """Give the directory free for other processes."""
@@ -307,18 +305,16 @@ class Run:
         """
         flat = flatten(self.config)
         wanted = {key: value for key, value in flatten(_plain(overrides)).items() if value != flat.get(key)}
-        used = self.steps[: self.steps.index(step)]
+        used = self.steps[: self.steps.index(changes.FIRST.get(step, step))]
         for key in wanted:
-            where = settings()[key].step if key in settings() else self.steps[0]
-            if where in used:
+            if (where := changes.step_of(key, self.steps)) in used:
                 raise UserError(
-                    f"{key} is {flat.get(key)!r} in this run and belongs to its step {where!r}, before {step!r}; "
-                    f"change it with {_verb_for([key])}, or start another run"
+                    f"{key} is {changes.show(flat, key)} in this run, and its step {where!r} comes before {step!r}; "
+                    f"start another run, or {changes.advice([key])}"
                 )
-        lasting = [k for k in wanted if k not in settings() or settings()[k].step != ANYWHERE]
         if wanted:
-            touched = [settings()[k].step if k in settings() else step for k in lasting]
-            self._take(nest({**flat, **wanted}), first=min(touched, key=self.steps.index) if touched else None)
+            new = {**flat, **wanted}
+            self._take(nest(new), first=changes.first_touched(self.steps, flat, new, list(wanted)))
         return self.config
 
     def require_space(self, n_bytes: int, what: str) -> None:
@@ -464,29 +460,9 @@ def _acquire(directory: Path) -> FileLock:
     return lock
 
 
-def _only_adds(key: str, old: Any, new: Any) -> bool:
-    if key == "keep":
-        return set(old or ()) <= set(new or ())
-    return key == "test_text" and old is None and new is not None
-
-
-def _verb_for(keys: Sequence[str]) -> str:
-    """The command that may change settings on an existing run, as a hint."""
-    steps = [settings()[key].step if key in settings() else STEPS[0] for key in keys]
-    first = min((s for s in steps if s in STEPS), key=STEPS.index, default=STEPS[0])
-    if first == STEPS[0]:
-        return "nothing can be changed once the model is calibrated on"
-    verb = "report" if first == "evaluate" else first
-    return f"`prunus {verb} RUN --set {keys[0]}=...`"
-
-
 def _describe(source: Mapping[str, Any]) -> str:
     sha = str(source.get("sha256", ""))[:12]
     return f"{source.get('id', 'unknown')}{f' (sha256 {sha})' if sha else ''}"
-
-
-def _show(flat: Mapping[str, Any], key: str) -> str:
-    return json.dumps(flat[key]) if key in flat else "nothing"
 
 
 def _plain(value: Any) -> Any:

@@ -252,6 +252,7 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path) -> None:
     assert "seed: 0 in the run, 3 now" in str(refused.value)
     assert "calibration.samples: 64 in the run, 8 now" in str(refused.value)
     assert "damping" not in str(refused.value)
+    assert "leave them as they are" in str(refused.value)
     assert (tmp_path / "run/manifest.json").read_bytes() == before
     with Run.open(tmp_path / "run", config(), SOURCE) as run:  # the refusal let go of the lock
         run.do("calibrate", "tokens.json", never)
@@ -281,7 +282,7 @@ def test_a_test_text_may_be_added(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run", config(test_text="a.txt"), SOURCE) as run:
         run.do("extract", "models/keep80.json", never)
         assert run.do("evaluate", "evaluation.json", lambda: 2) == 2
-    with pytest.raises(UserError, match="test_text"):
+    with pytest.raises(UserError, match="prunus report RUN --set test_text="):
         Run.open(tmp_path / "run", config(test_text="b.txt"), SOURCE)
 
 
@@ -364,10 +365,29 @@ def test_a_later_step_may_change_and_takes_what_follows_with_it(tmp_path: Path) 
 
 def test_an_earlier_setting_is_refused(tmp_path: Path) -> None:
     finished_run(tmp_path)
-    with Run.reopen(tmp_path) as run, pytest.raises(UserError, match=r"score\.method.*before 'search'"):
+    with (
+        Run.reopen(tmp_path) as run,
+        pytest.raises(UserError, match=r"score\.method is \"obs\".*before 'search'.*prunus score RUN"),
+    ):
         run.change("search", {"score.method": "wanda"})
     with Run.reopen(tmp_path) as run:
         assert run.done("chosen.json")
+
+
+def test_more_ratios_and_another_test_text_keep_what_they_can(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    with Run.reopen(tmp_path) as run:
+        run.do("evaluate", "evaluation.json", lambda: 4)
+        run.do("report", "report.md", lambda: "five networks")
+        run.change("search", {"keep": (0.9, 0.8, 0.75, 0.7, 0.6, 0.5)})
+        assert run.done("chosen.json")
+        assert run.done("evaluation.json")
+        assert not run.done("report.md")
+        run.change("report", {"test_text": "a.txt"})
+        assert run.done("models/keep80.json")
+        assert not run.done("evaluation.json")
+        run.change("search", {"keep": (0.9, 0.7)})
+        assert not run.done("chosen.json")
 
 
 def test_a_change_that_changes_nothing_keeps_everything(tmp_path: Path) -> None:

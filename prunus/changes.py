@@ -1,0 +1,56 @@
+"""Floor 0: which settings of an existing run may change, and which of its steps must then be done again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prunus.config import ANYWHERE, STEPS, settings
+
+FIRST = {"report": "evaluate"}  # a verb that does more than the step of its name: the first step that is its own
+
+
+def step_of(key: str, steps: Sequence[str] = STEPS) -> str:
+    """The step that first reads a setting; the first of all for a key that is not ours."""
+    return settings()[key].step if key in settings() else steps[0]
+
+
+def is_free(key: str) -> bool:
+    """True for a setting that says where to compute, not what."""
+    return step_of(key) == ANYWHERE
+
+
+def only_adds(key: str, old: Any, new: Any) -> bool:
+    """True if the new value leaves all that was made from the old one right: more ratios, a first test text."""
+    if key == "keep":
+        return set(old or ()) <= set(new or ())
+    return key == "test_text" and old is None and new is not None
+
+
+def first_touched(
+    steps: Sequence[str], old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]
+) -> str | None:
+    """The first step that a change of these dotted keys makes stale, or None; more ratios touch only the report."""
+    touched = []
+    for key in keys:
+        if key == "keep" and only_adds(key, old.get(key), new.get(key)):
+            touched.append("report")
+        elif not is_free(key) and key != "model":
+            touched.append(step_of(key, steps))
+    return min(touched, key=list(steps).index, default=None)
+
+
+def advice(keys: Sequence[str]) -> str:
+    """What to do about settings that may not change, for the end of a sentence."""
+    own = [step_of(key) for key in keys]
+    if STEPS[0] in own:
+        return "leave them as they are: everything else was made from them"
+    first = min(own, key=STEPS.index)
+    verb = next((verb for verb, step in FIRST.items() if step == first), first)
+    return f"do that step and the later ones again with `prunus {verb} RUN --set {keys[own.index(first)]}=...`"
+
+
+def show(values: Mapping[str, Any], key: str) -> str:
+    """A value as it is written in a file, for a message."""
+    return json.dumps(values[key]) if key in values else "nothing"
