@@ -31,13 +31,13 @@ def writing(path: str | Path, partial: Path | None = None) -> Iterator[None]:
     except BaseException as error:
         if partial is not None:
             remove(partial)
-        if reason := _disk_trouble(error):
+        if reason := trouble(error):
             raise UserError(f"cannot write {str(path)!r}: {reason}") from error
         raise
 
 
-def _disk_trouble(error: BaseException) -> str:
-    """What a person can do about it, or "" where it is no trouble of the disk. Libraries in Rust lose the errno."""
+def trouble(error: BaseException) -> str:
+    """What a person can do about an error of the disk, or "" where it is no trouble of the disk. Libraries in Rust lose the errno."""
     number, text = getattr(error, "errno", None), str(error)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota exceeded" in text.lower():
         return "the disk is full; nothing half-written was kept. Make room, then give the same command again"

@@ -24,6 +24,8 @@ from prunus import ragged
 from prunus.artefact import fingerprint, flush, matches, place, remove, writing
 from prunus.errors import UserError
 from prunus.families import Family, dims
+from prunus.loading import Loaded, Source, load
+from prunus.memory import memory_need
 from prunus.subnetwork import LayerShape, SubNetwork
 
 MANIFEST = "prunus.json"
@@ -300,3 +302,17 @@ def verify(directory: str | Path) -> dict[str, Any]:
         if not matches(path.with_name(name), {"": one}):
             raise UserError(f"{name!r} in {str(directory)!r} is not the file that was written; fetch or write it again")
     return manifest
+
+
+__all__ = [
+    "CARD",
+    "MANIFEST",
+    "Loaded",
+    "Source",
+    "blank",
+    "load",
+    "memory_need",
+    "save",
+    "uniform_refusal",
+    "verify",
+]

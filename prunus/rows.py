@@ -105,6 +105,11 @@ def check(model: nn.Module, family: Family) -> None:
             f"the {family.name} table has no row for {left[0]!r} ({len(left)} parameters are not covered); "
             "add the missing rows in prunus/families.py"
         )
+    check_finite(model)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises UserError naming the first parameter that holds NaN or an infinite value."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
             raise UserError(
