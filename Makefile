@@ -1,5 +1,7 @@
 # The two commands of the README, and what they are made of. Everything is installed into .venv by pip.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
+CANDIDATES := python3.11 python3.12 python3.13 python3
+SUITS  := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(SUITS)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -qq -c constraints.txt
@@ -36,6 +38,7 @@ results: $(VENV)/demo.stamp  ## redraw the tables of the README and of benchmark
 	$(BIN)/python benchmarks/render.py
 
 $(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'No Python 3.11 to 3.13 with venv found; name one: make PYTHON=/path/to/python'; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo 'Installing into $(VENV): some minutes, once.'
 
