@@ -81,8 +81,21 @@ class ScoreConfig(_Section):
     method: Literal["obs", "wanda", "activation", "taylor", "magnitude"] = setting(
         "obs", "importance score", step="score", flag="score"
     )
-    aggregator: Literal["mean", "norm", "var"] = setting(
-        "mean", "how the score `activation` gathers its batch and its sequence", step="score", flag="aggregator"
+    aggregator: Literal[
+        "mean",
+        "norm",
+        "norm-mean",
+        "mean-norm",
+        "variance",
+        "variance-norm",
+        "variance-mean",
+        "mean-variance",
+        "norm-variance",
+    ] = setting(
+        "mean",
+        "how the score `activation` gathers a batch and then its sequences",
+        step="score",
+        flag="aggregator",
     )
 
 
@@ -103,7 +116,7 @@ class ReformConfig(_Section):
     )
     block: int = setting(16, "neurons that the greedy order removes at a time", step="score", low=1)
     sensitivity: int = setting(
-        2, "levels of each sub-layer whose divergence is measured; 0: trust the curvature", step="reform", low=0
+        0, "levels of each sub-layer whose divergence is measured; 0: trust the curvature", step="reform", low=0
     )
     order: Literal["greedy", "score"] = setting(
         "greedy", "order of units: greedy removal with compensation, or the score as it is", step="score"
@@ -116,7 +129,10 @@ class ReformConfig(_Section):
         0.3, "ridge of that pass, towards the reformed weights", step="extract", low=0.0
     )
     readers: float | None = setting(
-        0.3, "ridge of that pass for the matrices that read the residual stream; `none` leaves them", step="extract", low=0.0
+        0.3,
+        "ridge of that pass for the matrices that read the residual stream; `none` leaves them",
+        step="extract",
+        low=0.0,
     )
     drift: float = setting(
         1.0, "share of the residual stream's drift that the pass is asked to undo", step="extract", low=0.0, high=2.0

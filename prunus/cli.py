@@ -1,0 +1,325 @@
+"""Floor 6: the door: one sub-command for each verb. torch is imported only when a verb runs.
+
+Flags are made from the settings of `config.py`: their names, their help and their checks are written there, once.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from prunus.artefact import trouble
+from prunus.changes import FIRST
+from prunus.config import ANYWHERE, Setting, overrides, resolve, settings
+from prunus.errors import UserError
+from prunus.machine import environment
+from prunus.terminal import Terminal, calm_libraries
+
+if TYPE_CHECKING:
+    from prunus.calibration import Join
+
+MANY = ("--keep",)  # flags that take several values after one flag
+COMMON = ("device", "dtype", "seed")
+RESUMABLE = ("compress", "score", "reform", "search", "extract", "report")
+
+
+class Verb(click.Command):
+    """A sub-command whose help groups its flags, and where `--keep 0.9 0.8` gives two values."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, spread(args))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "Command"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+class Flag(click.Option):
+    """The flag of one setting. Its text is checked by the setting itself."""
+
+    def __init__(self, setting: Setting, name: str | None = None, group: str | None = None) -> None:
+        self.key = setting.key
+        section = setting.key.rpartition(".")[0]
+        self.group = group or (section.capitalize() if section else "Model and outcome")
+        flag = f"--{name or setting.flag}"
+        default = "" if setting.default is None or name else f"  [default: {_shown(setting.default)}]"
+        is_switch = setting.plain is bool
+        super().__init__(
+            [f"{flag}/--no-{flag[2:]}" if is_switch else flag, setting.key.replace(".", "__")],
+            default=None,
+            multiple=flag in MANY,
+            metavar=None if is_switch else _metavar(setting),
+            help=setting.help + default,
+        )
+
+
+def _metavar(setting: Setting) -> str:
+    if setting.choices:
+        return "|".join(setting.choices)
+    kind = {int: "N", float: "X", str: "TEXT"}.get(setting.plain, "X ...")
+    return "FILE" if setting.key == "test_text" else kind
+
+
+def _shown(default: Any) -> str:
+    return " ".join(f"{x:g}" for x in default) if isinstance(default, tuple) else str(default).lower()
+
+
+def spread(args: Sequence[str]) -> list[str]:
+    """`--keep 0.9 0.8 X` as `--keep 0.9 --keep 0.8 X`: the numbers that follow such a flag are its values."""
+    out: list[str] = []
+    flag = ""
+    for arg in args:
+        name, _, value = arg.partition("=")
+        if name in MANY:
+            flag = name
+            out += [flag, value] if value else []
+        elif flag and _is_numbers(arg):
+            out += [flag, arg]
+        else:
+            if flag and (not out or out[-2:-1] != [flag]):
+                out.append(flag)  # without a value: click says what is missing
+            flag = ""
+            out.append(arg)
+    return [*out, flag] if flag and out[-2:-1] != [flag] else out
+
+
+def _is_numbers(text: str) -> bool:
+    try:
+        return bool([float(part) for part in text.split(",") if part])
+    except ValueError:
+        return False
+
+
+class Door(click.Group):
+    """Turns what the user can mend into one sentence and exit code 2, and an interruption into how to go on."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # as they are written below: in the order of use
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        terminal = Terminal()
+        try:
+            with terminal.notes():
+                return super().invoke(ctx)
+        except UserError as error:
+            terminal.error(str(error))
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            if ctx.invoked_subcommand in RESUMABLE:
+                terminal.note(f"stopped; what is finished is kept. To go on:\n  {shlex.join(['prunus', *ctx.obj])}")
+            else:
+                terminal.note("stopped")
+            ctx.exit(130)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not (message := _machine_trouble(error)):
+                raise
+            terminal.error(message)
+            ctx.exit(2)
+
+
+def _machine_trouble(error: BaseException) -> str:
+    """What a person can do about a machine that is too small, or "" for everything else."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        return (
+            "not enough memory. Use --dtype bfloat16, fewer --samples, a shorter --length, or another --device; "
+            "`prunus check MODEL` says what is needed"
+        )
+    reason = trouble(error)
+    return f"{getattr(error, 'filename', None) or 'the output'}: {reason}" if reason else ""
+
+
+@click.group(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def app() -> None:
+    """Prunus finds the smaller networks inside a pretrained language model.
+
+    Start with `prunus compress demo --out runs/demo`.
+    """
+
+
+def main() -> None:
+    """The command `prunus`."""
+    app(prog_name="prunus")
+
+
+# ------------------------------------------------------------------------------------------------------------ flags
+
+
+def flags(*keys: str, names: Mapping[str, str] | None = None) -> Callable[[click.Command], click.Command]:
+    """Adds the flags of some settings, and those that every command has, to a command."""
+
+    def add(command: click.Command) -> click.Command:
+        for key in dict.fromkeys((*keys, *COMMON)):
+            command.params.append(Flag(settings()[key], (names or {}).get(key)))
+        command.params += [
+            click.Option(["--config"], metavar="FILE", help="YAML file of settings; flags win over it"),
+            click.Option(["--set"], metavar="KEY=VALUE", multiple=True, help="any setting by its name in the file"),
+            click.Option(["--json"], metavar="FILE", help="also write the result as JSON; - for stdout"),
+            click.Option(["--quiet"], is_flag=True, help="no progress, no tables"),
+        ]
+        return command
+
+    return add
+
+
+def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among a command's parameters, by dotted key, those of --set included."""
+    asked = {
+        key: (" ".join(value) if isinstance(value, tuple) else value)
+        for key in settings()
+        if (value := parameters.get(key.replace(".", "__"))) not in (None, ())
+    }
+    for item in parameters.get("set") or ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--set takes KEY=VALUE, as in --set search.mlp_step=64; given {item!r}")
+        asked[key.strip()] = value.strip()
+    return asked
+
+
+# ------------------------------------------------------------------------------------------------------------ verbs
+
+
+@flags(*(key for key, one in settings().items() if one.flag))
+@app.command(cls=Verb)
+@click.argument("model", required=False)
+@click.option("--out", metavar="RUN", required=True, help="directory of the run: new, empty, or the same run's")
+def compress(model: str | None, out: str, **parameters: Any) -> None:
+    """MODEL to a front of smaller checkpoints and a report; the same command again goes on where it stopped.
+
+    MODEL is a hub id, a local directory, a .gguf file, or `demo`.
+    """
+    config = resolve(parameters["config"], {**given(parameters), "model": model})
+    terminal = Terminal(parameters["quiet"])
+    from prunus import pipeline
+
+    calm_libraries()
+    terminal.result(pipeline.compress(config, Path(out), terminal.progress()), parameters["json"])
+
+
+@flags(
+    "test_text",
+    "test_length",
+    "test_chunks",
+    "revision",
+    "trust_remote_code",
+    "calibration.column",
+    names={"test_text": "text", "test_length": "length", "test_chunks": "chunks"},
+)
+@app.command(cls=Verb)
+@click.argument("checkpoint")
+@click.option("--against", metavar="MODEL", help="also the KL divergence to this model, the dense one usually")
+@click.option("--join", type=click.Choice(["auto", "rows", "raw"]), default="auto", help="how lines become one text")
+@click.option("--speed", is_flag=True, help="also tokens per second, against --against where it is given")
+def evaluate(checkpoint: str, against: str | None, join: Join, speed: bool, **parameters: Any) -> None:
+    """Perplexity of CHECKPOINT on a text, by the standard protocol: chunks of equal length, no overlap."""
+    config = resolve(parameters["config"], {**given(parameters), "model": checkpoint})
+    text = config.test_text
+    if text is None:
+        raise UserError("no text to evaluate on; give --text FILE")
+    if not Path(text).is_file():
+        raise UserError(f"no text file {text!r}; give --text FILE")
+    terminal = Terminal(parameters["quiet"])
+    from prunus.evaluate import evaluate
+    from prunus.loading import load
+
+    calm_libraries()
+    loaded = load(
+        checkpoint,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        compress=False,
+    )
+    dense = against and load(
+        against, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code, compress=False
+    )
+    with terminal.progress()("evaluation", config.test_chunks) as advance:
+        seen = 0
+
+        def scanned(done: int, total: int) -> None:
+            nonlocal seen
+            advance(done - seen)
+            seen = done
+
+        found = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            text,
+            length=config.test_length,
+            chunks=config.test_chunks,
+            against=dense.model if dense else None,
+            join=join,
+            column=config.calibration.column,
+            directory=checkpoint if Path(checkpoint).exists() else None,
+            speed=speed,
+            progress=scanned,
+        )
+    names = {"checkpoint": checkpoint, **({"against_name": against} if against else {})}
+    terminal.result({**names, **found}, parameters["json"])
+
+
+@flags("revision", "trust_remote_code", "calibration.samples", "calibration.length")
+@app.command(cls=Verb)
+@click.argument("model")
+def check(model: str, **parameters: Any) -> None:
+    """Can MODEL be compressed? Its family table, its dimensions, its parameters by part, the memory needed."""
+    config = resolve(parameters["config"], {**given(parameters), "model": model})
+    terminal = Terminal(parameters["quiet"])
+    from prunus.inspection import inspect_model
+
+    calm_libraries()
+    terminal.result(inspect_model(config), parameters["json"])
+
+
+def _step(name: str, sentence: str) -> click.Command:
+    """The sub-command of one step of an existing run."""
+    own = (FIRST.get(name, name), name)
+    keys = [key for key, one in settings().items() if one.flag and one.step in (*own, ANYWHERE)]
+
+    @flags(*keys)
+    @app.command(name, cls=Verb, help=f"{sentence}\n\nFlags change this step of the run and all later ones.")
+    @click.argument("run")
+    @click.option("--again", is_flag=True, help="do the step again although it is done; later ones are deleted")
+    def command(run: str, again: bool, **parameters: Any) -> None:
+        asked = overrides(parameters["config"], given(parameters))
+        terminal = Terminal(parameters["quiet"])
+        from prunus import pipeline
+        from prunus.run import Run
+
+        calm_libraries()
+        if again:
+            with Run.reopen(run) as record:
+                record.forget(own[0])
+        terminal.result(pipeline.step(Path(run), name, asked, terminal.progress()), parameters["json"])  # type: ignore[arg-type]
+
+    return command
+
+
+_step("score", "How important is each unit? The first step of a run, after its calibration text.")
+_step("reform", "Errors and weights of every level of every sub-layer.")
+_step("search", "The widths to keep, for every ratio.")
+_step("extract", "The checkpoints of the networks that the search chose.")
+_step("report", "Figures, pictures and report.md of a run.")
+
+
+@app.command(cls=Verb)
+@click.option("--json", "json_file", metavar="FILE", help="write them as JSON; - for stdout")
+def version(json_file: str | None) -> None:
+    """Versions of Prunus and of what it stands on."""
+    Terminal().result(environment(), json_file)

@@ -1,0 +1,245 @@
+"""Floor 5: what a person sees in a terminal: progress, notes, tables, errors; results on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from prunus.artefact import write_text
+from prunus.progress import BarProgress, LineProgress, Progress, silent
+
+PIPE_WIDTH = 160  # of tables in files and pipes, where there is no terminal to ask
+
+
+class Terminal:
+    """Where one command shows its work and its result."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.out = _console(sys.stdout)
+        self.err = _console(sys.stderr)
+
+    def progress(self) -> Progress:
+        """Bars on a terminal, a line for each step elsewhere, nothing with --quiet."""
+        if self.quiet:
+            return silent
+        return BarProgress(self.err) if self.err.is_terminal else LineProgress(sys.stderr)
+
+    def error(self, message: str) -> None:
+        """One sentence, without a traceback."""
+        self.err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        """Something that is worth knowing and stops nothing."""
+        self.err.print(Text.assemble(("note: ", "yellow"), message), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def notes(self) -> Iterator[None]:
+        """Shows warnings of our loggers."""
+        handler = _Notes(self)
+        logger = logging.getLogger("prunus")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+
+    def result(self, result: Mapping[str, Any], json_file: str | None) -> None:
+        """Show a result as tables and lines, and write it whole to a JSON file (`-`: stdout, and nothing else)."""
+        text = json.dumps(_finite(result), indent=1) + "\n"
+        if json_file == "-":
+            sys.stdout.write(text)
+            return
+        if json_file:
+            write_text(Path(json_file), text)
+        if not self.quiet:
+            for part in rendered(result):
+                self.out.print(part, soft_wrap=isinstance(part, Text))
+
+
+def calm_libraries() -> None:
+    """Hides what transformers shows while it loads: its bars and its warnings. Imports it; call it in a verb only."""
+    from transformers.utils import logging as library
+
+    library.disable_progress_bar()  # type: ignore[no-untyped-call]
+    library.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+class _Notes(logging.Handler):
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.WARNING)
+        self.terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.terminal.note(record.getMessage())
+
+
+def _console(stream: Any) -> Console:
+    console = Console(file=stream, highlight=False, emoji=False)
+    return console if console.is_terminal else Console(file=stream, highlight=False, emoji=False, width=PIPE_WIDTH)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become null."""
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def rendered(result: Mapping[str, Any]) -> Iterator[Table | Text]:
+    """A table of networks where there are some; else `name value` lines, then tables of what has rows."""
+    if "chosen" in result:
+        yield networks([*([result["dense"]] if "dense" in result else []), *result["chosen"]])
+    elif "ppl" in result:
+        yield evaluation(result)
+        if result.get("speed") and "against" not in result:
+            yield pairs({f"{key} tokens/s": value for key, value in result["speed"].items()})
+    else:
+        facts = {key: value for key, value in result.items() if _is_fact(value) and key not in PLACES}
+        if facts:
+            yield pairs(facts)
+        for value in result.values():
+            if isinstance(value, list) and value and isinstance(value[0], Mapping):
+                yield Text()
+                yield rows(value)
+    place = next((key for key in PLACES if key in result), None)
+    if place:
+        yield Text.assemble((f"{place}: ", "bold"), str(result[place]))
+
+
+PLACES = ("report", "run")  # keys that say where the rest is; the first one closes the page
+
+
+def _is_fact(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def evaluation(found: Mapping[str, Any]) -> Table:
+    """The figures of one checkpoint, below those of the model that it was held against."""
+    against, speed = found.get("against"), found.get("speed") or {}
+    text = f"perplexity\n{Path(found['text']).name}, {found['chunks']} x {found['length']} tokens"
+    network = {
+        "name": found["checkpoint"],
+        "parameters": found["parameters"]["all"],
+        "n_bytes": found.get("bytes_on_disk") or found["bytes_in_memory"],
+        "perplexity": {text: found["ppl"]},
+        "kl_nats": found.get("kl_nats"),
+        "kl_se": found.get("kl_se"),
+        "agreement": found.get("agreement"),
+    }
+    if against is None:
+        return networks([network])
+    network |= {
+        "kept_all": found["parameters"]["all"] / against["parameters"]["all"],
+        "kept_blocks": found["parameters"]["blocks"] / against["parameters"]["blocks"],
+        "prefill_speedup": speed.get("prefill"),
+        "decode_speedup": speed.get("decode"),
+    }
+    dense = {
+        "name": found.get("against_name", "against"),
+        "parameters": against["parameters"]["all"],
+        "perplexity": {text: against["ppl"]},
+    }
+    return networks([dense, network])
+
+
+Cell = Callable[[Mapping[str, Any]], str]
+
+
+def networks(found: Sequence[Mapping[str, Any]]) -> Table:
+    """Dense and compressed networks beside each other; what was not measured is a dash, or has no column."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("network")
+    texts = list(dict.fromkeys(text for n in found for text in n.get("perplexity", {})))
+    columns: list[tuple[str, Cell]] = [
+        ("kept of blocks", lambda n: _percent(n.get("kept_blocks"))),
+        ("kept of all", lambda n: _percent(n.get("kept_all"))),
+        ("parameters", lambda n: _millions(n.get("parameters"))),
+        ("weights", lambda n: _bytes(n.get("n_bytes"))),
+        ("KL (nats)", lambda n: _with_error(n.get("kl_nats"), n.get("kl_se"))),
+        *((text if text.startswith("perplexity") else f"perplexity\n{text}", _perplexity_on(text)) for text in texts),
+        ("same word", lambda n: _percent(n.get("agreement"))),
+        ("prefill", lambda n: _times(n.get("prefill_speedup"))),
+        ("decode", lambda n: _times(n.get("decode_speedup"))),
+    ]
+    measured = [(title, cell) for title, cell in columns if any(cell(n) != "–" for n in found)]
+    for title, _ in measured:
+        table.add_column(title, justify="right")
+    for n in found:
+        table.add_row(str(n["name"]), *(cell(n) for _, cell in measured))
+    return table
+
+
+def _perplexity_on(text: str) -> Cell:
+    return lambda n: _number(n.get("perplexity", {}).get(text))
+
+
+def rows(found: Sequence[Mapping[str, Any]]) -> Table:
+    """A list of alike rows; numbers to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for key in found[0] if found else ():
+        table.add_column(key.replace("_", " "), justify="left" if isinstance(found[0][key], str) else "right")
+    for row in found:
+        table.add_row(*(_value(key, value) for key, value in row.items()))
+    return table
+
+
+def pairs(facts: Mapping[str, Any]) -> Table:
+    """Names and values."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        table.add_row(key.removesuffix("_bytes").replace("_", " "), _value(key, value))
+    return table
+
+
+def _value(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key.endswith("bytes"):
+        return _bytes(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return _number(value) if isinstance(value, float) else "–" if value is None else str(value)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def _millions(n: int | None) -> str:
+    return "–" if n is None else f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.1f} M" if n >= 1e5 else f"{n:,}"
+
+
+def _bytes(n: float | None) -> str:
+    return "–" if n is None else f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def _number(x: float | None) -> str:
+    return "–" if x is None else f"{x:.4g}" if abs(x) < 1e4 else f"{x:.3g}"
+
+
+def _with_error(x: float | None, error: float | None) -> str:
+    return _number(x) if x is None or error is None else f"{_number(x)} ± {error:.2g}"
+
+
+def _times(x: float | None) -> str:
+    return "–" if x is None else f"{x:.2f}×"
