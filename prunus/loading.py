@@ -88,6 +88,7 @@ def load(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     place = _find(model_id, revision)
     with _explained(place):
         config = _config(place, trust_remote_code, compress)

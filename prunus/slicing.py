@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from prunus.checkpoint import blank
 from prunus.errors import UserError
 from prunus.families import AXES, UNCUT, Family, Part, dims, full, is_dropped, size_of
+from prunus.ragged import NoAttention, NoMLP
 from prunus.rows import Row, check, layers_of, rows
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
@@ -191,24 +192,11 @@ def _axis_order(
 # ---------------------------------------------------------------------------------------------------- activation
 
 
-class NoAttention(nn.Module):
-    """Stands where a dropped attention was: adds nothing."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
-
-
-class NoMLP(nn.Module):
-    """Stands where a dropped MLP was: adds nothing."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros_like(hidden_states)
-
-
 def drop(layer: nn.Module, family: Family, attention: bool, mlp: bool) -> None:
     """Replace the named sub-layers of one decoder layer by modules that add nothing (**in place**)."""
     if attention:
-        layer.set_submodule(family.attention_module, NoAttention())
+        number: Any = layer.get_submodule(family.attention_module).layer_idx
+        layer.set_submodule(family.attention_module, NoAttention(number))
     if mlp:
         for path in family.mlp_modules[:-1]:
             layer.set_submodule(path, nn.Identity())
