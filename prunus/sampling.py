@@ -105,7 +105,7 @@ def _continue(
         else:
             cumulative = torch.softmax(logits / temperature, -1).cumsum(-1)
             aim = uniform[:, place, None] * cumulative[:, -1:] * (1 - 1e-6)  # below the last step, never beyond it
-            step = torch.searchsorted(cumulative, aim, right=True)
+            step = torch.searchsorted(cumulative, aim, right=True).clamp_(max=logits.shape[-1] - 1)  # NaN lands behind
         ids = torch.cat([ids, step], 1)
         progress(place + 1)
     if not torch.isfinite(logits.amax(-1)).all():
