@@ -77,20 +77,18 @@ def _shown(default: Any) -> str:
 def spread(args: Sequence[str]) -> list[str]:
     """`--keep 0.9 0.8 X` as `--keep 0.9 --keep 0.8 X`: the numbers that follow such a flag are its values."""
     out: list[str] = []
-    flag = ""
+    flag = ""  # the flag whose values may follow
     for arg in args:
-        name, _, value = arg.partition("=")
+        name, equals, value = arg.partition("=")
         if name in MANY:
             flag = name
-            out += [flag, value] if value else []
+            out += [flag, value] if equals else [flag]
         elif flag and _is_numbers(arg):
-            out += [flag, arg]
+            out += [arg] if out[-1] == flag else [flag, arg]
         else:
-            if flag and (not out or out[-2:-1] != [flag]):
-                out.append(flag)  # without a value: click says what is missing
             flag = ""
             out.append(arg)
-    return [*out, flag] if flag and out[-2:-1] != [flag] else out
+    return out
 
 
 def _is_numbers(text: str) -> bool:

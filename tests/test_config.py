@@ -1,0 +1,175 @@
+"""A configuration is checked when it is made, and reads itself back."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunus.changes import step_of
+from prunus.config import (
+    ANYWHERE,
+    STEPS,
+    CompressConfig,
+    SearchConfig,
+    difference,
+    flatten,
+    nest,
+    overrides,
+    resolve,
+    settings,
+    to_yaml,
+)
+from prunus.errors import UserError
+
+
+def make(**flat: Any) -> CompressConfig:
+    return CompressConfig.from_dict({"model": "demo", **{k.replace("__", "."): v for k, v in flat.items()}})
+
+
+def test_yaml_reads_back_what_it_wrote(tmp_path: Path) -> None:
+    config = make(
+        keep=[0.7, 0.85], search__generations=3, reform__damping=1e-7, test_text="tëst: #1.txt", revision="no"
+    )
+    (tmp_path / "c.yaml").write_text(to_yaml(config, "two lines\nof comment"), encoding="utf-8")
+    assert resolve(tmp_path / "c.yaml") == config
+
+
+def test_every_default_survives_the_round_trip() -> None:
+    config = make()
+    assert CompressConfig.from_dict(config.to_dict()) == config
+    assert set(flatten(config.to_dict())) == set(settings())
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: demo\nseed: 1\nsearch:\n  generations: 5\n  offspring: 7\nreform:\n")
+    config = resolve(tmp_path / "c.yaml", {"search.generations": "9", "device": None})
+    assert (config.seed, config.search.generations, config.search.offspring) == (1, 9, 7)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("0.5 0.9", (0.9, 0.5)),
+        ("0.9,0.5", (0.9, 0.5)),
+        ([0.5, 0.9], (0.9, 0.5)),
+        (0.5, (0.5,)),
+        ("1", (1.0,)),
+        (["0.5", "9e-1"], (0.9, 0.5)),
+    ],
+)
+def test_keep_takes_every_spelling(given: Any, kept: tuple[float, ...]) -> None:
+    assert make(keep=given).keep == kept
+
+
+@pytest.mark.parametrize(
+    ("flat", "sentence"),
+    [
+        ({"keep": 0}, r"keep lies in \(0, 1\]; given 0"),
+        ({"keep": -0.5}, r"keep lies in \(0, 1\]"),
+        ({"keep": 80}, r"for 80 per cent write 0.8"),
+        ({"keep": "nan"}, r"keep lies in \(0, 1\]"),
+        ({"keep": "half"}, r"keep is a number; given 'half'"),
+        ({"keep": []}, r"keep is empty"),
+        ({"keep": [0.5, 0.5]}, r"each keep ratio counts once, given 0.5 0.5"),
+        ({"keep_of": "block"}, r"keep_of is one of blocks, all; given 'block' \(did you mean 'blocks'\?\)"),
+        ({"score__method": "wandas"}, r"did you mean 'wanda'"),
+        ({"search__objective": "accuracy"}, r"search.objective is one of kl, ppl; given 'accuracy'"),
+        ({"search__generations": -1}, r"search.generations lies in \[0, inf\)"),
+        ({"search__generations": 1.5}, r"search.generations is a whole number; given 1.5"),
+        ({"search__generations": True}, r"search.generations is a whole number; given True"),
+        ({"search__depth": "maybe"}, r"search.depth is true or false; given 'maybe'"),
+        ({"reform__damping": "inf"}, r"reform.damping lies in"),
+        ({"calibration__samples": 0}, r"calibration.samples lies in \[1, inf\); given 0"),
+        ({"seed": None}, r"seed is a whole number; given None"),
+        ({"dtype": "fp16"}, r"dtype is one of auto, float32, bfloat16, float16"),
+        ({"model": ""}, r"model is text; given ''"),
+        ({"model": None}, r"no model was named"),
+        ({"search": 3}, r"search is a group of settings, given 3"),
+        ({"samples": 3}, r"unknown setting 'samples'; did you mean 'calibration.samples'\?"),
+        ({"serch__generations": 3}, r"did you mean 'search.generations'\?"),
+        ({"search__mlp-step": 3}, r"did you mean 'search.mlp_step'\?"),
+        ({"kep": 0.5}, r"did you mean 'keep'\?"),
+        ({"zzzzzz": 0.5}, r"known are model, keep, "),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_rule(flat: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        make(**flat)
+
+
+def test_python_is_checked_like_yaml() -> None:
+    with pytest.raises(UserError, match=r"search\.generations"):
+        SearchConfig(generations=-1)
+    assert CompressConfig("demo", keep=[0.5]).keep == (0.5,)  # type: ignore[arg-type]
+    with pytest.raises(FrozenInstanceError):
+        make().seed = 3  # type: ignore[misc]
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:
+    assert make(reform__damping="1e-3").reform.damping == 1e-3
+    assert make(search__depth="off").search.depth is False
+    assert make(test_chunks="none").test_chunks is None
+
+
+@pytest.mark.parametrize(
+    ("page", "sentence"),
+    [
+        (b"a: [", "is not YAML"),
+        (b"- a\n- b", "must be a page of `key: value`"),
+        (b"\xff\xfe\x00", "is not"),
+        (None, "no configuration file"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, page: bytes | None, sentence: str) -> None:
+    path = tmp_path / "broken.yaml"
+    if page is not None:
+        path.write_bytes(page)
+    with pytest.raises(UserError, match=sentence) as refused:
+        resolve(path)
+    assert "broken.yaml" in str(refused.value)
+
+
+def test_difference_names_keys() -> None:
+    old, new = make().to_dict(), make(seed=1, search__workers=3).to_dict()
+    assert difference(old, old) == []
+    assert difference(old, new) == ["seed", "search.workers"]
+    assert difference({"a": (1, 2)}, {"a": [1, 2]}) == []
+    assert difference({"a": {"b": None}}, {}) == ["a.b"]
+
+
+def test_flatten_and_nest_are_each_others_inverse() -> None:
+    raw = make().to_dict()
+    assert nest(flatten(raw)) == raw
+
+
+def test_overrides_are_only_what_was_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("search: {generations: 5}\n")
+    assert overrides(tmp_path / "c.yaml", {"seed": "3", "device": None}) == {"search.generations": 5, "seed": 3}
+    with pytest.raises(UserError, match=r"did you mean 'search\.generations'"):
+        overrides(None, {"generations": 3})
+
+
+def test_every_setting_is_explained_and_belongs_to_a_step() -> None:
+    for key, one in settings().items():
+        assert one.help, key
+        assert one.step in (*STEPS, ANYWHERE), key
+    flags = [one.flag for one in settings().values() if one.flag]
+    assert len(set(flags)) == len(flags)
+    assert step_of("search.generations") == "search"
+
+
+def test_choices_are_those_of_the_code_that_reads_them() -> None:
+    from prunus import importance, scores
+
+    assert set(settings()["score.method"].choices) == set(typing.get_args(importance.Method))
+    assert set(settings()["score.aggregator"].choices) == set(typing.get_args(scores.Aggregator))
+
+
+def test_the_page_of_the_command_line_names_every_setting() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    missing = [key for key in settings() if key != "model" and f"`{key}`" not in page]
+    assert not missing, f"docs/cli.md does not name {missing}"
