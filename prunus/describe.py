@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus import costs, evaluate, machine
+from prunus import costs, machine
+from prunus.evaluate import compare_speed, perplexity, text_ids
 from prunus.families import dims
 from prunus.objective import Divergence
 from prunus.pictures import ErrorCurve, Network, Tried
@@ -51,7 +52,7 @@ def measure(s: Session, p: Prepared, name: str, sub: SubNetwork, weights: Overri
         found["kl_se"] = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
         small = extract(s.model, s.family, sub, weights, uniform=True if s.config.uniform else None)
         found |= _figures(s, small)
-        speed = evaluate.compare_speed(s.model, small)
+        speed = compare_speed(s.model, small)
         found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
         return found
 
@@ -73,8 +74,8 @@ def measure_dense(s: Session) -> Network:
 def _figures(s: Session, model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {"sample": _sample(s, model)}
     if s.config.test_text:
-        ids = evaluate.text_ids(s.config.test_text, s.tokenizer)
-        result = evaluate.perplexity(model, ids, length=s.config.test_length, chunks=s.config.test_chunks)
+        ids = text_ids(s.config.test_text, s.tokenizer)
+        result = perplexity(model, ids, length=s.config.test_length, chunks=s.config.test_chunks)
         found["perplexity"] = {_protocol(s): result.ppl}
         s.run.count_tokens(result.n_tokens)
     return found
