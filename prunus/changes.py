@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from prunus.config import ANYWHERE, STEPS, settings
@@ -41,14 +43,20 @@ def first_touched(
     return min(touched, key=list(steps).index, default=None)
 
 
-def advice(keys: Sequence[str]) -> str:
-    """What to do about settings that may not change, for the end of a sentence."""
+def advice(run: Path, values: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """What to do about settings that may not take these values, for the end of a sentence: a command to copy."""
     own = [step_of(key) for key in keys]
     if STEPS[0] in own:
         return "leave them as they are: everything else was made from them"
     first = min(own, key=STEPS.index)
     verb = next((verb for verb, step in FIRST.items() if step == first), first)
-    return f"do that step and the later ones again with `prunus {verb} RUN --set {keys[own.index(first)]}=...`"
+    wanted = [word for key in keys for word in ("--set", f"{key}={_typed(values.get(key))}")]
+    return f"do that step and the later ones again: {shlex.join(['prunus', verb, str(run), *wanted])}"
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed after --set."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else "none" if value is None else str(value)
 
 
 def show(values: Mapping[str, Any], key: str) -> str:

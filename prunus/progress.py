@@ -46,45 +46,57 @@ class LineProgress:
             if self._open <= self.depth:
                 count = "" if not done else f" {done}/{total}" if total and total != done else f" {done}"
                 indent = "  " * (self._open - 1)
-                line = f"{indent}{description}:{count} in {time.monotonic() - start:.1f} s"
+                line = f"{indent}{description}:{count} in {duration(time.monotonic() - start)}"
                 print(line, file=self.stream or sys.stderr, flush=True)
         finally:
             self._open -= 1
 
 
 class BarProgress:
-    """Bars with the time left, on a terminal; nested work is shown below its parent and leaves when it is done."""
+    """Bars with the time left, on a terminal; a finished piece of work leaves one line, what is nested in it none."""
 
     def __init__(self, console: Any) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
         self.bars = Bars(
-            TextColumn("{task.fields[mark]} {task.description}"),
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("[dim]left[/]"),
             TimeRemainingColumn(),
             console=console,
+            transient=True,
         )
         self._open = 0
 
     @contextmanager
     def __call__(self, description: str, total: int | None = None) -> Iterator[Advance]:
+        from rich.text import Text
+
+        start = time.monotonic()
         if not self._open:
             self.bars.start()
         self._open += 1
-        task = self.bars.add_task("  " * (self._open - 1) + description, total=total, mark=" ")
+        task = self.bars.add_task("  " * (self._open - 1) + description, total=total)
+        finished = False
         try:
             yield lambda n: self.bars.advance(task, n)
-            done = self.bars.tasks[self.bars.task_ids.index(task)].completed
-            self.bars.update(task, total=done or 1, completed=done or 1, mark="[green]✓[/]")
-            if self._open > 1:
-                self.bars.remove_task(task)
+            finished = True
         finally:
             self._open -= 1
+            self.bars.remove_task(task)
             if not self._open:
                 self.bars.stop()
-                for old in self.bars.task_ids:
-                    self.bars.remove_task(old)
+                if finished:
+                    took = duration(time.monotonic() - start)
+                    self.bars.console.print(Text.assemble(("✓ ", "green"), description, (f"  {took}", "dim")))
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, 4 min 05 s, 1 h 02 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -144,8 +144,8 @@ class Run:
                 for key in refused
             )
             raise UserError(
-                f"{str(self.directory)!r} was made with another configuration ({named}). Give the recorded values "
-                f"(see config.yaml there), choose another --out, or {changes.advice(refused)}"
+                f"{str(self.directory)!r} was made with another configuration ({named}). Give the recorded "
+                f"values (config.yaml there), choose another --out, or {changes.advice(self.directory, new_values, refused)}"
             )
         if difference(self.config, new):
             self._take(new, first=changes.first_touched(self.steps, old_values, new_values, differing))
@@ -310,7 +310,7 @@ class Run:
             if (where := changes.step_of(key, self.steps)) in used:
                 raise UserError(
                     f"{key} is {changes.show(flat, key)} in this run, and its step {where!r} comes before {step!r}; "
-                    f"start another run, or {changes.advice([key])}"
+                    f"start another run, or {changes.advice(self.directory, wanted, [key])}"
                 )
         if wanted:
             new = {**flat, **wanted}

@@ -37,11 +37,15 @@ class Terminal:
 
     def error(self, message: str) -> None:
         """One sentence, without a traceback."""
-        self.err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+        self.err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=not self.err.is_terminal)
+
+    def command(self, line: str) -> None:
+        """A command to copy: never broken into lines."""
+        self.err.print(Text(f"  {line}"), soft_wrap=True)
 
     def note(self, message: str) -> None:
         """Something that is worth knowing and stops nothing."""
-        self.err.print(Text.assemble(("note: ", "yellow"), message), soft_wrap=True)
+        self.err.print(Text.assemble(("note: ", "yellow"), message), soft_wrap=not self.err.is_terminal)
 
     @contextlib.contextmanager
     def notes(self) -> Iterator[None]:
