@@ -7,9 +7,11 @@ the same call on one journal; they then share the work and come to the same answ
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -159,7 +161,7 @@ class Record:
         return [
             Trial(
                 trial.number,
-                SubNetwork.from_json(trial.user_attrs["subnetwork"]),
+                _unpacked(trial.user_attrs["subnetwork"]),
                 tuple(trial.values),
                 tuple(trial.user_attrs["windows"]),
                 dict(trial.user_attrs["cost"]),
@@ -189,7 +191,8 @@ class Record:
 
         A killed process loses at most the candidate that it was computing.
         """
-        wanted = {(sub.key(), draw, rung): sub for sub in subs}
+        keys = [(sub.key(), draw, rung) for sub in subs]
+        wanted = dict(zip(keys, subs, strict=True))
         if any(key not in self._memo for key in wanted):
             self.sync()
         wait = 0.02
@@ -205,7 +208,7 @@ class Record:
                 time.sleep(wait)
                 wait = min(2 * wait, 1.0)
                 self.sync()
-        return [self._memo[sub.key(), draw, rung] for sub in subs]
+        return [self._memo[key] for key in keys]
 
     def _compute(
         self,
@@ -238,7 +241,7 @@ class Record:
     ) -> None:
         attrs: dict[str, Any] = {
             "key": sub.key(),
-            "subnetwork": sub.to_json(),
+            "subnetwork": _packed(sub),
             "windows": list(judged.windows),
             "cost": cost,
             "draw": draw,
@@ -316,6 +319,18 @@ def _bite(missing: Mapping[Key, SubNetwork], n_workers: int) -> tuple[list[Key],
         return keys, len(keys)
     start = os.getpid() * len(keys) // 7 % len(keys)  # processes begin at different places
     return keys[start:] + keys[:start], max(1, len(keys) // (2 * n_workers))
+
+
+def _packed(sub: SubNetwork) -> str:
+    """JSON; compressed where members are named, which can be tens of thousands of numbers."""
+    text = sub.to_json()
+    return "zlib:" + base64.b85encode(zlib.compress(text.encode(), 9)).decode() if sub.kept else text
+
+
+def _unpacked(text: str) -> SubNetwork:
+    if text.startswith("zlib:"):
+        text = zlib.decompress(base64.b85decode(text[5:])).decode()
+    return SubNetwork.from_json(text)
 
 
 def _path(sub: SubNetwork) -> tuple[Any, ...]:

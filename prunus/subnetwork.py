@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -75,9 +75,9 @@ class SubNetwork:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        raw = asdict(self)
-        if not self.kept:
-            del raw["kept"]
+        raw: dict[str, Any] = {"hidden": self.hidden, "layers": [vars(layer) for layer in self.layers]}
+        if self.kept:
+            raw["kept"] = [vars(layer) for layer in self.kept]
         return json.dumps(raw, separators=(",", ":"), sort_keys=True)
 
     @classmethod
