@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus import costs, machine
-from prunus.evaluate import compare_speed, perplexity, text_ids
+from prunus.evaluation import compare_speed, perplexity, text_ids
 from prunus.families import dims
 from prunus.objective import Divergence
 from prunus.pictures import ErrorCurve, Network, Tried

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from prunus import calibration, sampling
 from prunus.calibration import calibration_tokens, mixture, overlap, split, token_hash, windows
 from prunus.errors import UserError
-from prunus.evaluate import perplexity
+from prunus.evaluation import perplexity
 
 STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories260k-hf"
 LETTERS = [*"\n ", *string.ascii_letters, *string.digits, *".,:;!?'\"()@=-+*/<>"]

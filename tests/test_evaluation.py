@@ -12,9 +12,9 @@ import torch
 from tiny import CONFIGS, tiny, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunus import evaluate
+from prunus import evaluation as evaluate
 from prunus.errors import UserError
-from prunus.evaluate import compare_speed, kl_divergence, measure_speed, perplexity, text_ids
+from prunus.evaluation import compare_speed, kl_divergence, measure_speed, perplexity, text_ids
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 STORIES = SHARED / "models/stories260k-hf"
