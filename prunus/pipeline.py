@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from prunus import checkpoint, describe, steps
+from prunus import describe, loading, steps
 from prunus.config import CompressConfig
 from prunus.families import family_of
 from prunus.progress import Progress, silent
@@ -38,7 +38,7 @@ def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Pr
 
 
 def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> dict[str, Any]:
-    loaded = checkpoint.load(
+    loaded = loading.load(
         config.model,
         revision=config.revision,
         dtype=config.dtype,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prunus.families import Family
 from prunus.moments import add_products, stored, writer_weight
+from prunus.objective import kl_from_logits
 from prunus.reform import refit
 from prunus.slicing import Override, activate
 from prunus.stream import LayerStream, inputs_of
@@ -224,6 +225,53 @@ def _refit_mlp(
         return [rest + module(x).view_as(rest) for x, rest in zip(kept, rests, strict=True)]
     finally:
         module._parameters["weight"] = old
+
+
+class Judge:
+    """An `Accept`: a layer keeps its refitted weights unless they raise the divergence on held-out windows.
+
+    The layers behind it still have their weights of before. `tolerance` is relative: a rise that small is noise, which
+    later layers, refitted to undo drift, make up for. Each question costs one forward of the layers from it on.
+    """
+
+    def __init__(
+        self,
+        stream: LayerStream,
+        windows: Tensor,
+        candidates: Sequence[tuple[SubNetwork, Override]],
+        *,
+        tolerance: float = 0.01,
+        stride: int = 4,
+    ) -> None:
+        self.stream, self.tolerance, self.stride = stream, tolerance, stride
+        self.subs = [sub for sub, _ in candidates]
+        self.refused = [0] * len(candidates)
+        with torch.no_grad():
+            self.reference = self._logits(stream.run_from(0, stream.embed(windows)))
+            self.states, self.nats = [], []
+            for sub, override in candidates:
+                with activate(stream.model, stream.family, sub, override):
+                    self.states.append(stream.embed(windows))
+                    self.nats.append(self._nats(stream.run_from(0, self.states[-1])))
+
+    def __call__(self, c: int, i: int, before: Override, after: Override) -> bool:
+        sub = self.subs[c]
+        with torch.no_grad(), activate(self.stream.model, self.stream.family, sub, after):
+            moved = self.stream.run(i, self.states[c])
+            nats = self._nats(self.stream.run_from(i + 1, moved))
+        if nats <= self.nats[c] * (1 + self.tolerance):
+            self.states[c], self.nats[c] = moved, nats
+            return True
+        self.refused[c] += 1
+        with torch.no_grad(), activate(self.stream.model, self.stream.family, sub, before):
+            self.states[c] = self.stream.run(i, self.states[c])
+        return False
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.stream.logits(hidden[:, self.stride - 1 :: self.stride])
+
+    def _nats(self, hidden: Tensor) -> float:
+        return float(kl_from_logits(self.reference, self._logits(hidden)).mean())
 
 
 def _targets(outputs: list[Tensor], dense: list[Tensor], own: list[Tensor], drift: float) -> list[Tensor]:

@@ -32,6 +32,7 @@ from prunus.subnetwork import SubNetwork
 
 WINDOW = 512  # tokens in a window that candidates are judged on
 RUNGS = (2, 6, 16)  # windows at each rung of successive halving
+JUDGED = 4  # held-out windows that decide whether a layer keeps its refitted weights
 MICRO = 4  # calibration windows that run together
 
 
@@ -116,7 +117,8 @@ def score(s: Session, ids: Tensor) -> dict[str, Tensor]:
             return {"attention": a.cpu(), "mlp": m.cpu()}
 
         fisher = s.run.do("score", "fisher.safetensors", curvature)
-    grams = s.run.do("score", "grams", lambda: _collect_grams(s, ids), save=_move, load=lambda path: path)
+    s.run.do("score", "grams", lambda: _collect_grams(s, ids), save=_move, load=lambda path: path)
+    grams = s.run.path("grams")
 
     def orders() -> dict[str, Tensor]:
         if r.order == "score":
@@ -439,11 +441,14 @@ def _refit_missing(
             s.run.count_tokens(round(tokens * 2.4 / n))
 
         pairs = [(sub, one_shot[name]) for name, sub in chosen.items()]
-        refitted = sequential.refit_all(s.stream, ids, pairs, settings, advance=step)
+        assert p.objective.holdout is not None
+        judge = sequential.Judge(s.stream, p.objective.holdout[:JUDGED], pairs)
+        refitted = sequential.refit_all(s.stream, ids, pairs, settings, accept=judge, advance=step)
     kept = {}
-    for (name, sub), new in zip(chosen.items(), refitted, strict=True):
+    for (name, sub), new, refused in zip(chosen.items(), refitted, judge.refused, strict=True):
         before, after = (_holdout_nats(s, p, sub, w) for w in (one_shot[name], new))
-        s.run.note(f"sequential/{name}", {"one_shot_nats": before, "sequential_nats": after})
+        figures = {"one_shot_nats": before, "sequential_nats": after, "layers_refused": refused}
+        s.run.note(f"sequential/{name}", figures)
         kept[name] = _named(new if after < before else one_shot[name])
     return kept
 

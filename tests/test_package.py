@@ -1,0 +1,47 @@
+"""Importing the package is light, and its checkpoints load without a flag once it is imported, in any order."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ragged, tiny
+
+import prunus
+from prunus.checkpoint import blank
+from prunus.families import family_of
+from prunus.slicing import state_of
+
+LOAD = "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+ORDERS = {
+    "prunus first": f"import sys, prunus; from transformers import AutoModelForCausalLM; {LOAD}",
+    "transformers first": f"import sys; from transformers import AutoModelForCausalLM; import prunus; {LOAD}",
+}
+
+
+def test_importing_prunus_loads_neither_torch_nor_transformers() -> None:
+    code = "import prunus, sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_ragged_checkpoints_load_once_prunus_is_imported(order: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    family, sub = family_of(model.config), ragged(model.config)
+    small = blank(model.config, family, sub, uniform=False, dtype=next(model.parameters()).dtype)
+    small.load_state_dict(state_of(model, family, sub), strict=False)
+    small.save_pretrained(tmp_path)  # as after fine-tuning: without the modelling file
+    done = subprocess.run(
+        [sys.executable, "-c", ORDERS[order], str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "PrunusLlamaForCausalLM", done.stderr
+
+
+def test_every_public_name_is_there_and_callable() -> None:
+    for name in prunus.__all__:
+        assert callable(getattr(prunus, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        _ = prunus.compres  # type: ignore[attr-defined]
