@@ -45,7 +45,8 @@ def allocate(
         multiples of a unit of at most `buckets` steps; otherwise costs are rounded to the nearest bucket inside the
         programme only: the true cost decides what is admissible, and what is left of the budget is spent by exchanges.
     Raises UserError where the cheapest levels already cost more than the budget.
-    The recursion is SPDY's (Frantar & Alistarh 2022, arXiv:2201.13096): D[m, b] = min_l D[m-1, b - c_m(l)] + a_m e_m(l).
+    The recursion is SPDY's (Frantar & Alistarh 2022, arXiv:2201.13096):
+    D[m, b] = min over l of D[m-1, b - c_m(l)] + a_m e_m(l).
     """
     c, e = _curves(costs, errors, weights)
     cheapest = sum(float(x.min()) for x in c)

@@ -31,7 +31,7 @@ class LevelSettings:
 
     generations: int = 40
     offspring: int = 16
-    survivors: tuple[int, ...] = (4,)  # how many offspring climb from each rung to the next
+    survivors: tuple[int, ...] = (4, 1)  # how many offspring climb from each rung to the next
     swaps: tuple[int, int] = (1, 3)  # equal-cost swaps in one mutation, at least and at most
     step: float = 0.5  # greatest change of one sub-block at the start, in shares of an average whole sub-block
     leap: float = 0.1  # probability of a change of any size instead

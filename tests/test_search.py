@@ -199,7 +199,7 @@ def test_search_beats_its_start_and_its_random_control_at_equal_tokens() -> None
         toy = Toy(space, seed, pairs=1.0, noise=0.05)
         answer = allocate(prices.tables(), toy.errors(), window[1] - blocks(space.smallest()))
         start, predict = space.build((*answer.levels, 0)), predictor(space, toy.errors())
-        settings = LevelSettings(generations=100, patience=100, n_tokens=40_000)
+        settings = LevelSettings(generations=100, patience=100, n_tokens=40_000, survivors=(4,))
         found = levels(space, toy, blocks, window, start=[start], predict=predict, seed=seed, settings=settings)
         control = random_search(space, toy, blocks, window, seed=seed, settings=settings)
         for end in (found, control):
