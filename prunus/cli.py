@@ -109,7 +109,7 @@ class Door(click.Group):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        terminal = Terminal()
+        terminal = Terminal(quiet="--quiet" in ctx.obj)
         try:
             with terminal.notes():
                 return super().invoke(ctx)
@@ -118,7 +118,8 @@ class Door(click.Group):
             ctx.exit(2)
         except KeyboardInterrupt:
             if ctx.invoked_subcommand in RESUMABLE:
-                terminal.note(f"stopped; what is finished is kept. To go on:\n  {shlex.join(['prunus', *ctx.obj])}")
+                terminal.note("stopped; what is finished is kept. To go on:")
+                terminal.command(shlex.join(["prunus", *ctx.obj]))
             else:
                 terminal.note("stopped")
             ctx.exit(130)
@@ -232,7 +233,7 @@ def evaluate(checkpoint: str, against: str | None, join: Join, speed: bool, **pa
     if not Path(text).is_file():
         raise UserError(f"no text file {text!r}; give --text FILE")
     terminal = Terminal(parameters["quiet"])
-    from prunus.evaluate import evaluate
+    from prunus.evaluation import evaluate
     from prunus.loading import load
 
     calm_libraries()

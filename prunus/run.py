@@ -144,9 +144,11 @@ class Run:
                 for key in refused
             )
             raise UserError(
-                f"{str(self.directory)!r} was made with another configuration ({named}). Give the recorded "
-                f"values (config.yaml there), choose another --out, or {changes.advice(self.directory, new_values, refused)}"
+                f"{str(self.directory)!r} was made with another configuration ({named}). Give the recorded values "
+                "(config.yaml there), choose another --out, or " + changes.advice(self.directory, new_values, refused)
             )
+        done = sum(not entry.get("stale") for entry in self.manifest["artefacts"].values())
+        log.info("%s is there already: going on with it, %d files and folders are done", self.directory, done)
         if difference(self.config, new):
             self._take(new, first=changes.first_touched(self.steps, old_values, new_values, differing))
 
@@ -362,7 +364,7 @@ class Run:
             self._clear(file)
             del artefacts[file]
         for file in outgrown:
-            for path in (self.path(file), *self.path(file).parent.glob(f"{self.path(file).name}.lock*")):
+            for path in (self.path(file), *self.path(file).parent.glob(f"{self.path(file).name}.*")):  # its locks
                 remove(path)
             del growing[file]
         if stale or outgrown:

@@ -49,14 +49,17 @@ class Terminal:
 
     @contextlib.contextmanager
     def notes(self) -> Iterator[None]:
-        """Shows warnings of our loggers."""
+        """Shows what our loggers say, unless it is quiet; warnings always."""
         handler = _Notes(self)
         logger = logging.getLogger("prunus")
+        before = logger.level
         logger.addHandler(handler)
+        logger.setLevel(logging.WARNING if self.quiet else logging.INFO)
         try:
             yield
         finally:
             logger.removeHandler(handler)
+            logger.setLevel(before)
 
     def result(self, result: Mapping[str, Any], json_file: str | None) -> None:
         """Show a result as tables and lines, and write it whole to a JSON file (`-`: stdout, and nothing else)."""
@@ -81,7 +84,7 @@ def calm_libraries() -> None:
 
 class _Notes(logging.Handler):
     def __init__(self, terminal: Terminal) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
