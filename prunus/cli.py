@@ -52,7 +52,7 @@ class Flag(click.Option):
         section = setting.key.rpartition(".")[0]
         self.group = group or (section.capitalize() if section else "Model and outcome")
         flag = f"--{name or setting.flag}"
-        default = "" if setting.default is None or name else f"  [default: {_shown(setting.default)}]"
+        default = "" if setting.default is None or name else f"  [default: {setting.shown}]"
         is_switch = setting.plain is bool
         super().__init__(
             [f"{flag}/--no-{flag[2:]}" if is_switch else flag, setting.key.replace(".", "__")],
@@ -68,10 +68,6 @@ def _metavar(setting: Setting) -> str:
         return "|".join(setting.choices)
     kind = {int: "N", float: "X", str: "TEXT"}.get(setting.plain, "X ...")
     return "FILE" if setting.key == "test_text" else kind
-
-
-def _shown(default: Any) -> str:
-    return " ".join(f"{x:g}" for x in default) if isinstance(default, tuple) else str(default).lower()
 
 
 def spread(args: Sequence[str]) -> list[str]:

@@ -310,6 +310,15 @@ class Setting:
         )
 
     @property
+    def shown(self) -> str:
+        """The default as it is typed; empty where it must be given."""
+        if self.default is dataclasses.MISSING:
+            return ""
+        if isinstance(self.default, tuple):
+            return " ".join(f"{x:g}" for x in self.default)
+        return "none" if self.default is None else str(self.default).lower()
+
+    @property
     def range(self) -> str:
         """The allowed interval, as mathematicians write it; empty where every value will do."""
         if self.low is None and self.above is None and self.high is None:
