@@ -170,8 +170,8 @@ class SearchConfig(_Section):
     slack: float = setting(
         0.002, "how far below its budget a network may stay, as a share of the budget", step="search", above=0, high=0.2
     )
-    mlp_step: int = setting(32, "neurons between two levels of an MLP", step="search", low=1)
-    depth: bool = setting(True, "whole attention and MLP sub-blocks may go", step="search")
+    mlp_step: int = setting(32, "neurons between two levels of an MLP", step="reform", low=1)
+    depth: bool = setting(True, "whole attention and MLP sub-blocks may go", step="reform")
     hidden: bool = setting(False, "the hidden size may shrink", step="search")
     workers: int = setting(1, "processes that share the search", step=ANYWHERE, flag="workers", low=1)
 

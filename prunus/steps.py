@@ -248,20 +248,26 @@ def _price_of_layers(curves: Sequence[sensitivity.Curve], n_layers: int) -> list
 def check_request(s: Session) -> None:
     """Refuse, before any long work, what cannot be reached: keep ratios outside the space, a uniform export that the
     family's stock configuration cannot hold."""
-    c = s.config.search
     if s.config.uniform and (refusal := checkpoint.uniform_refusal(s.model.config, s.family, s.whole)):
         raise UserError(refusal)
     space = _space(s, list(range(len(s.stream))))
     for keep in s.config.keep:
-        space.window(s.cost, keep, of=s.cost(s.whole), slack=c.slack)
+        space.window(s.cost, keep, of=s.cost(s.whole), slack=_slack(s))
+
+
+def _slack(s: Session) -> float:
+    """How far below its budget a network may stay; uniform spaces have coarse steps: all layers change at once."""
+    c = s.config.search
+    return max(c.slack, 2 * c.mlp_step / s.whole.layers[0].mlp) if s.config.uniform else c.slack
 
 
 def search_one(s: Session, p: Prepared, keep: float, starts: Sequence[SubNetwork]) -> SubNetwork:
     """The sub-network for one keep ratio; starts: networks of other ratios, which the search may begin from."""
 
     def compute() -> dict[str, Any]:
-        window = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=s.config.search.slack)
-        seeds = [*_allocated(s, p, window[1]), *starts]
+        low, high = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=_slack(s))
+        seeds = [*_allocated(s, p, high), *starts]
+        window = min(low, *(s.cost(sub) for sub in seeds[:1])), high  # coarse spaces may not come nearer
         record = open_record(s, p)
         before = p.objective.forward_tokens
         found = _run_method(s, p, keep, window, seeds, record)
@@ -316,7 +322,7 @@ def _run_method(
                 p.space, p.objective, s.cost, window, seed=seed, record=record, settings=settings, progress=tick
             )
         if c.method == "shen":
-            published = shen.ShenSettings(generations=c.generations, population=c.population)
+            published = shen.ShenSettings.sized(c.population, c.generations)
             return shen.shen(
                 p.space, p.objective, s.cost, window, target=keep, seed=seed, record=record, settings=published,
                 progress=tick,

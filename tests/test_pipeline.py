@@ -102,7 +102,7 @@ def test_another_configuration_is_refused_by_name(run: tuple[Path, dict[str, Any
         compress(config(keep=(0.8, 0.6, 0.5), reform__damping=0.1), run[0])
 
 
-@pytest.mark.parametrize("keep", [0.01, 0.0005])
+@pytest.mark.parametrize("keep", [0.008, 0.0005])
 def test_a_share_out_of_reach_is_refused_before_any_work(keep: float, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out of reach"):
         compress(config(keep=(keep,)), tmp_path / "run")
