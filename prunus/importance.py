@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prunus.errors import UserError
 from prunus.families import UNCUT, Family, dims
+from prunus.moments import add_products
 from prunus.rows import Row, layers_of, rows
 from prunus.scores import Aggregator, Sums, by_unit, curvature, levels, obs, one_level, wanda
 from prunus.stream import LayerStream
@@ -296,7 +297,8 @@ class _Weights(_Collector):
         self.moments: dict[str, Tensor] = {}
         self.n = 0
 
-    def moment(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor, total: Tensor | None) -> Tensor:
+        """Add the second moments of x (tokens, inputs) to `total`, **in place**; None starts one."""
         raise NotImplementedError
 
     def each(self, weight: Tensor, moment: Tensor) -> Tensor:
@@ -305,13 +307,12 @@ class _Weights(_Collector):
     def add(self, seen: _Seen) -> None:
         for path in self.paths:
             x = seen.read[path].flatten(0, -2)
-            moment = self.moment(x)
-            self.moments[path] = self.moments[path] + moment if path in self.moments else moment
+            self.moments[path] = self.gather(x, self.moments.get(path))
         self.n += x.shape[0]
 
     def finish(self, i: int) -> None:
         prefix = f"{self.family.layers}.{i}."
-        shared = {path: self.prepared(moment / self.n) for path, moment in self.moments.items()}
+        shared = {path: self.prepared(moment.div_(self.n)) for path, moment in self.moments.items()}
         for row in self.matrices:
             path = row.path.removeprefix(prefix).removesuffix(".weight")
             source = path if path in self.moments else self.readers["attention" if row.part == "attention" else "mlp"]
@@ -327,8 +328,11 @@ class _Weights(_Collector):
 
 
 class _Obs(_Weights):
-    def moment(self, x: Tensor) -> Tensor:
-        return x.float().T @ x.float()
+    def gather(self, x: Tensor, total: Tensor | None) -> Tensor:
+        n = x.shape[1]
+        total = torch.zeros(n, n, device=x.device) if total is None else total
+        add_products(total, x, x)
+        return total
 
     def prepared(self, moment: Tensor) -> Tensor:
         return curvature(moment, self.options.damping)
@@ -338,8 +342,9 @@ class _Obs(_Weights):
 
 
 class _Wanda(_Weights):
-    def moment(self, x: Tensor) -> Tensor:
-        return x.double().pow(2).sum(0)
+    def gather(self, x: Tensor, total: Tensor | None) -> Tensor:
+        square = x.float().pow(2).sum(0, dtype=torch.float64)
+        return square if total is None else total.add_(square)
 
     def each(self, weight: Tensor, moment: Tensor) -> Tensor:
         return wanda(weight, moment)

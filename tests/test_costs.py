@@ -58,7 +58,7 @@ def test_blocks_are_the_sum_of_their_sublayers(name: str) -> None:
         total = 0
         for i, shape in enumerate(sub.layers):
             for part in ("attention", "mlp", "block"):
-                total += sublayer_parameters(built, i, part, shape, sub.hidden)  # type: ignore[arg-type]
+                total += sublayer_parameters(built, i, part, shape, sub.hidden)
         assert total == parameters(built, sub, "blocks")
     assert sublayer_parameters(built, 1, "attention", LayerShape(0, 0, 5), 48) == 0
     assert sublayer_parameters(built, 1, "mlp", LayerShape(1, 1, 0), 48) == 0

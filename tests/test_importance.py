@@ -165,7 +165,7 @@ def test_permuting_units_permutes_scores(name: str, method: Method) -> None:
     }
     sort(model, family, order)
     after = score(model, family, tokens(3), method)
-    near = {"rtol": 1e-4, "atol": 1e-6}
+    near: Any = {"rtol": 1e-4, "atol": 1e-6}
     assert torch.allclose(after.hidden, before.hidden[order["hidden"]], **near)
     assert torch.allclose(after.mlp, before.mlp.gather(1, order["mlp"]), **near)
     assert torch.allclose(after.kv_heads, before.kv_heads.gather(1, order["kv_heads"]), **near)
