@@ -168,7 +168,7 @@ def test_an_exception_restores_the_model(name: str) -> None:
     with pytest.raises(KeyError), activate(model, family, ragged(model.config)):
         raise KeyError
     assert _fingerprint(model) == print_before
-    wrong: Any = {(1, family.mlp_writer): "not a tensor"}
+    wrong: Any = {(1, f"{family.mlp_writer}.weight"): "not a tensor"}
     with (
         pytest.raises((TypeError, AttributeError)),
         torch.no_grad(),
@@ -315,14 +315,14 @@ def test_overrides_take_the_place_of_weights(name: str) -> None:
     with torch.no_grad(), activate(model, family, sub):
         plain = _logits(model)
         weight = model.get_submodule(family.layers)[1].get_submodule(path).weight.clone()
-    with torch.no_grad(), activate(model, family, sub, {(1, path): weight}):
+    with torch.no_grad(), activate(model, family, sub, {(1, f"{path}.weight"): weight}):
         assert torch.equal(_logits(model), plain)
-    with torch.no_grad(), activate(model, family, sub, {(1, path): 2 * weight}):
+    with torch.no_grad(), activate(model, family, sub, {(1, f"{path}.weight"): 2 * weight}):
         assert not torch.allclose(_logits(model), plain)
     whole = full(model.config)
     weight = model.get_submodule(family.layers)[1].get_submodule(path).weight.detach()
     dense = _logits(model)
-    with torch.no_grad(), activate(model, family, whole, {(1, path): 2 * weight}):
+    with torch.no_grad(), activate(model, family, whole, {(1, f"{path}.weight"): 2 * weight}):
         assert not torch.allclose(_logits(model), dense)
     assert torch.equal(_logits(model), dense)
 
