@@ -75,7 +75,8 @@ def permute_grams(grams: Grams, orders: Orders, d: dict[str, int]) -> Grams:
     """The Grams as they are after `slicing.sort` with these orders."""
     columns = torch.stack([g[h] for g, h in zip(_columns(d), orders["q_per_kv"], strict=True)])[orders["kv_heads"]]
     a, m = columns.flatten().to(grams.attention.device), orders["mlp"].to(grams.mlp.device)
-    return Grams(grams.attention[a][:, a].contiguous(), grams.mlp[m][:, m].contiguous())
+    attention, mlp = grams.attention[a][:, a].contiguous(), grams.mlp[m][:, m].contiguous()
+    return Grams(attention, mlp, grams.attention_mean[a], grams.mlp_mean[m])
 
 
 def layer_errors(
@@ -95,13 +96,13 @@ def layer_errors(
 
 def save_grams(grams: Grams, folder: Path, i: int) -> None:
     """Write one layer's Grams: `layer_007.safetensors`."""
-    save_file({"attention": grams.attention.cpu(), "mlp": grams.mlp.cpu()}, folder / f"layer_{i:03d}.safetensors")
+    save_file({name: t.cpu() for name, t in vars(grams).items()}, folder / f"layer_{i:03d}.safetensors")
 
 
 def read_grams(folder: Path, i: int, device: torch.device) -> Grams:
     """One layer's Grams from disk."""
     raw = load_file(folder / f"layer_{i:03d}.safetensors")
-    return Grams(raw["attention"].to(device), raw["mlp"].to(device))
+    return Grams(**{name: t.to(device) for name, t in raw.items()})
 
 
 class Levels:
@@ -129,7 +130,7 @@ class Levels:
         self.orders = orders
         self.d = dims(model.config)
         self.whole = LayerShape(self.d["kv_heads"], self.d["q_per_kv"], self.d["mlp"])
-        self._cache: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[object, ...], dict[tuple[int, str], Tensor]] = OrderedDict()
         self._room = cache_bytes
 
     def grams(self, i: int) -> Grams:
@@ -140,7 +141,7 @@ class Levels:
     def __call__(self, sub: SubNetwork) -> Override:
         if sub.hidden != self.d["hidden"] or self.method == "none":
             return {}
-        override = {}
+        override: dict[tuple[int, str], Tensor] = {}
         for i, shape in enumerate(sub.layers):
             kept = sub.kept[i] if sub.kept else None
             heads = (
@@ -149,28 +150,32 @@ class Levels:
             )
             neurons = (kept and kept.mlp) or shape.mlp
             if shape.attends and (len(heads[0]), len(heads[1])) != (self.whole.kv_heads, self.whole.q_per_kv):
-                override[i, self.family.attention_writer] = self._weight(i, "attention", heads)
+                override |= self._reformed(i, "attention", heads)
             if shape.mlp and shape.mlp != self.whole.mlp:
-                override[i, self.family.mlp_writer] = self._weight(i, "mlp", neurons)
+                override |= self._reformed(i, "mlp", neurons)
         return override
 
-    def _weight(self, i: int, which: str, kept: object) -> Tensor:
+    def _reformed(self, i: int, which: str, kept: object) -> dict[tuple[int, str], Tensor]:
         key = (i, which, kept)
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
         path = self.family.attention_writer if which == "attention" else self.family.mlp_writer
-        index = self._inputs(which, kept)
-        weight, gram = writer_weight(self.layers[i], path), getattr(self.grams(i), which)
+        index, grams = self._inputs(which, kept), self.grams(i)
+        weight, gram, mean = writer_weight(self.layers[i], path), getattr(grams, which), getattr(grams, f"{which}_mean")
         if self.method == "admm":
             new = admm(weight, gram, index, iterations=self.iterations)
         else:
             new = closed_form(weight, gram, index, self.damping)
-        out = stored(self.layers[i], path, new)
+        out = {(i, f"{path}.weight"): stored(self.layers[i], path, new)}
+        bias = self.layers[i].get_submodule(path).bias
+        if isinstance(bias, Tensor):  # takes over the mean of what went, and of what the weights changed
+            moved = weight.float() @ mean - new.float() @ mean[index.to(mean.device)]
+            out[i, f"{path}.bias"] = (bias.detach().float() + moved).to(bias.dtype)
         self._cache[key] = out
-        self._room -= out.nbytes
+        self._room -= sum(t.nbytes for t in out.values())
         while self._room < 0 and len(self._cache) > 1:
-            self._room += self._cache.popitem(last=False)[1].nbytes
+            self._room += sum(t.nbytes for t in self._cache.popitem(last=False)[1].values())
         return out
 
     def _inputs(self, which: str, kept: Any) -> Tensor:

@@ -21,10 +21,16 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Grams:
-    """X^T X / tokens of one layer's writer inputs, float32."""
+    """Second moments of one layer's writer inputs, float32: X^T X / tokens.
+
+    Where a writer has a bias, its Gram is centred, (X - mean)^T (X - mean) / tokens, because the bias can take over the
+    mean of what goes; where it has none, the mean is given as zero.
+    """
 
     attention: Tensor  # (query heads * head_dim,) squared
     mlp: Tensor  # (neurons,) squared
+    attention_mean: Tensor
+    mlp_mean: Tensor
 
 
 @contextmanager
@@ -70,17 +76,23 @@ def collect(
     for i in range(len(stream)):
         widths = [_inputs(stream.layers[i].get_submodule(path)) for path in paths]
         grams = [torch.zeros(n, n, device=stream.device) for n in widths]
+        means = [torch.zeros(n, device=stream.device) for n in widths]
+        biased = [stream.layers[i].get_submodule(path).bias is not None for path in paths]
         for b, batch in enumerate(batches):
             with inputs_of(stream.layers[i], *paths) as seen:
                 carried[b] = stream.run(i, carried[b])
-            for gram, path in zip(grams, paths, strict=True):
+            for gram, mean, path, has_bias in zip(grams, means, paths, biased, strict=True):
                 x = seen[path].flatten(0, -2)
                 add_products(gram, x, x)
+                if has_bias:
+                    mean += x.sum(0, dtype=torch.float32)
             if advance:
                 advance(batch.numel())
-        for gram in grams:
+        for gram, mean in zip(grams, means, strict=True):
             gram /= ids.numel()
-        use(i, Grams(*grams))
+            mean /= ids.numel()
+            gram -= torch.outer(mean, mean)
+        use(i, Grams(*grams, *means))
 
 
 def _inputs(module: nn.Module) -> int:

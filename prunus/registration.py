@@ -1,4 +1,4 @@
-"""Floor 0: once transformers' auto classes are loaded, teach them ours; importing `prunus` alone loads nothing."""
+"""Floor 0: once transformers is imported, teach its auto classes ours; importing `prunus` alone loads nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-AUTO = "transformers.models.auto.modeling_auto"
+# the package and none of its modules: our classes import many of those, and one that is half imported would break them
+PACKAGE = "transformers"
 
 
 def install() -> None:
-    """Register the ragged classes now if transformers' auto classes are loaded, else as soon as they are."""
-    if AUTO in sys.modules:
+    """Register the ragged classes now if transformers is imported, else as soon as it is."""
+    if PACKAGE in sys.modules:
         _register()
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watch())
@@ -26,12 +27,12 @@ def _register() -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: it lets the others find the auto classes, and adds ours behind them."""
+    """Finds nothing itself: it lets the others find transformers, and adds our classes behind it."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != AUTO:
+        if name != PACKAGE:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -50,5 +51,8 @@ class _Then(importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
         self.loader.exec_module(module)
         _register()

@@ -144,7 +144,7 @@ def _refit_layer(
             for hidden, y in zip(traveller.hidden, target, strict=True):
                 moments.add(_input_only(stream, i, path, hidden), y)
             new = moments.solve(settings.damping)
-        traveller.weights[i, path] = new
+        traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
     if shape.mlp and whole:
         _refit_readers(stream, i, traveller, "mlp", truth, settings)
     with activate(stream.model, family, traveller.sub, traveller.weights):
@@ -171,18 +171,24 @@ def _refit_readers(
     if settings.reader_damping is None or (i == 0 and part == "attention"):  # the inputs of layer 0 have not drifted
         return
     layer, paths = stream.layers[i], readers_of(stream.family, part)
-    n = traveller.sub.hidden
-    gram, cross, tokens = torch.zeros(n, n, device=stream.device), torch.zeros(n, n, device=stream.device), 0
+    n, device = traveller.sub.hidden, stream.device
+    gram, cross = torch.zeros(n, n, device=device), torch.zeros(n, n, device=device)
+    own, dense, tokens = torch.zeros(n, device=device), torch.zeros(n, device=device), 0
     with activate(stream.model, stream.family, traveller.sub, traveller.weights):
         for hidden, wanted in zip(traveller.hidden, truth.inputs[paths[0]], strict=True):
             x, y = _input_only(stream, i, paths[0], hidden).flatten(0, -2), wanted.flatten(0, -2)
             add_products(gram, x, x)
             add_products(cross, x, y)
+            own += x.sum(0, dtype=torch.float32)
+            dense += y.sum(0, dtype=torch.float32)
             tokens += len(x)
         for path in paths:
-            prior = writer_weight(layer, path)
-            new = refit(gram / tokens, cross / tokens @ prior.float().T, prior, settings.reader_damping)
-            traveller.weights[i, path] = stored(layer, path, new)
+            prior = writer_weight(layer, path).float()
+            moments = _Moments(layer, path)
+            moments.gram, moments.cross, moments.tokens = gram, cross @ prior.T, tokens
+            moments.inputs, moments.outputs = own, prior @ dense  # the bias stands on both sides
+            new = moments.solve(settings.reader_damping)
+            traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
 
 
 def _refit_mlp(
@@ -215,16 +221,17 @@ def _refit_mlp(
             rests.append(rest)
         moments.add(seen[path], y)
     new = moments.solve(settings.damping)
-    traveller.weights[i, path] = new
+    traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
     module = layer.get_submodule(path)
-    old = module._parameters["weight"]
-    module._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+    old = dict(module._parameters)
+    for name, tensor in new.items():
+        module._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor, requires_grad=False)
     try:
         if family.post_norm:
             return [stream.run(i, hidden) for hidden in traveller.hidden]
         return [rest + module(x).view_as(rest) for x, rest in zip(kept, rests, strict=True)]
     finally:
-        module._parameters["weight"] = old
+        module._parameters.update(old)
 
 
 class Judge:
@@ -299,25 +306,35 @@ def _input_only(stream: LayerStream, i: int, path: str, hidden: Tensor) -> Tenso
 
 
 class _Moments:
-    """Sums for one least-squares problem: inputs of a writer against the outputs that it should give."""
+    """Sums for one least-squares problem: inputs of a matrix against the outputs that it should give, without bias."""
 
     def __init__(self, layer: nn.Module, path: str) -> None:
         self.layer, self.path = layer, path
         self.prior = writer_weight(layer, path)
-        self.bias = getattr(layer.get_submodule(path), "bias", None)
+        bias = getattr(layer.get_submodule(path), "bias", None)
+        self.bias = bias.detach() if isinstance(bias, Tensor) else None
         out, k = self.prior.shape
-        self.gram = torch.zeros(k, k, device=self.prior.device)
-        self.cross = torch.zeros(k, out, device=self.prior.device)
+        device = self.prior.device
+        self.gram, self.cross = torch.zeros(k, k, device=device), torch.zeros(k, out, device=device)
+        self.inputs, self.outputs = torch.zeros(k, device=device), torch.zeros(out, device=device)
         self.tokens = 0
 
     def add(self, inputs: Tensor, wanted: Tensor) -> None:
         x, y = inputs.flatten(0, -2), wanted.flatten(0, -2)
         if self.bias is not None:
             y = y - self.bias
+            self.inputs += x.sum(0, dtype=torch.float32)
+            self.outputs += y.sum(0, dtype=torch.float32)
         add_products(self.gram, x, x)
         add_products(self.cross, x, y)
         self.tokens += len(x)
 
-    def solve(self, damping: float) -> Tensor:
-        new = refit(self.gram / self.tokens, self.cross / self.tokens, self.prior, damping)
-        return stored(self.layer, self.path, new)
+    def solve(self, damping: float) -> dict[str, Tensor]:
+        """The new weight, and the new bias where there is one: then the moments are centred, and it takes the means."""
+        gram, cross = self.gram / self.tokens, self.cross / self.tokens
+        if self.bias is None:
+            return {f"{self.path}.weight": stored(self.layer, self.path, refit(gram, cross, self.prior, damping))}
+        x, y = self.inputs / self.tokens, self.outputs / self.tokens
+        new = refit(gram - torch.outer(x, x), cross - torch.outer(x, y), self.prior, damping)
+        bias = (self.bias.float() + y - new @ x).to(self.bias.dtype)
+        return {f"{self.path}.weight": stored(self.layer, self.path, new), f"{self.path}.bias": bias}

@@ -25,7 +25,7 @@ from prunus.rows import Row, check, layers_of, rows
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
 Kept = Mapping[str, int | Tensor]  # dimension -> how many (a prefix), or which (indices)
-Override = Mapping[tuple[int, str], Tensor]  # (layer, module path in the layer) -> weight, in its storage order
+Override = Mapping[tuple[int, str], Tensor]  # (layer, parameter path in it) -> tensor, as stored
 
 
 def check_subnetwork(config: Any, sub: SubNetwork) -> None:
@@ -238,7 +238,7 @@ def activate(
     Weights become views of the super-network's (see `take`), so gradients reach the super-network when grad mode is
     on. Call `backward` inside the block if gradient checkpointing re-runs the forward. A block inside another one
     activates its own sub-network of the whole super-network, and leaving it returns to the outer one's.
-    override: weights that replace the slice of a module's `weight`, e.g. reformed ones.
+    override: tensors that replace the slice of a parameter, e.g. reformed weights.
     """
     check_subnetwork(model.config, sub)
     outer = _ACTIVE.get(model)
@@ -278,9 +278,8 @@ def _activate(model: nn.Module, active: _Active) -> None:
         if i in unchanged:
             continue
         view = None
-        if i is not None and row.name == "weight":
-            inside = row.path.removeprefix(f"{family.layers}.{i}.").removesuffix(".weight")
-            view = override.get((i, inside.removesuffix(".base_layer")))
+        if i is not None:
+            view = override.get((i, row.path.removeprefix(f"{family.layers}.{i}.").replace(".base_layer.", ".")))
         if view is None:
             source = row.parameter if grad else row.parameter.data
             view = take(source, row.axes, whole, outer if i is None else inner[i])
@@ -379,7 +378,7 @@ def state_of(model: nn.Module, family: Family, sub: SubNetwork, override: Overri
         if i not in number or is_dropped(row.part, sub.layers[i]):
             continue
         inside = row.path.removeprefix(f"{family.layers}.{i}.")
-        new = override.get((i, inside.removesuffix(".weight"))) if inside.endswith(".weight") else None
+        new = override.get((i, inside))
         if new is None:
             new = take(row.parameter.data, row.axes, whole, inner[i])
         state[f"{family.layers}.{number[i]}.{inside}"] = new.to(row.parameter.dtype).clone().contiguous()
@@ -395,10 +394,11 @@ def extract(
     uniform: True refuses with UserError what the stock configuration cannot express; None chooses.
     """
     small = blank(model.config, family, sub, uniform=uniform, dtype=next(model.parameters()).dtype)
-    missing, unexpected = small.load_state_dict(state_of(model, family, sub, override), strict=False)
+    missing, unexpected = small.load_state_dict(state_of(model, family, sub, override), strict=False, assign=True)
     tied = set(getattr(small, "all_tied_weights_keys", None) or getattr(small, "_tied_weights_keys", None) or ())
     missing = [name for name in missing if name not in tied]
     assert not missing and not unexpected, (missing, unexpected)
+    small.tie_weights()  # type: ignore[operator]
     small.to(next(model.parameters()).device)
     return small.eval()
 

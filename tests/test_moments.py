@@ -28,8 +28,18 @@ def test_grams_are_second_moments_of_the_writers_inputs(name: str) -> None:
             model(ids, use_cache=False)
         for hook in hooks:
             hook.remove()
-        for path, gram in ((family.attention_writer, found[i].attention), (family.mlp_writer, found[i].mlp)):
+        writers = (family.attention_writer, found[i].attention, found[i].attention_mean), (
+            family.mlp_writer,
+            found[i].mlp,
+            found[i].mlp_mean,
+        )
+        for path, gram, mean in writers:
             x = inputs[path].flatten(0, -2)
+            if layer.get_submodule(path).bias is not None:  # centred, because the bias takes the mean
+                assert torch.allclose(mean, x.mean(0), atol=1e-4)
+                x = x - x.mean(0)
+            else:
+                assert not mean.any()
             assert torch.allclose(gram, x.T @ x / len(x), atol=1e-4)
 
 

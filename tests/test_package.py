@@ -15,8 +15,14 @@ from prunus.families import family_of
 from prunus.slicing import state_of
 
 LOAD = "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+MODEL = "from transformers import AutoModelForCausalLM"
 ORDERS = {
     "prunus first": f"import sys, prunus; from transformers import AutoModelForCausalLM; {LOAD}",
+    "a model class first": f"import sys, prunus; from transformers import LlamaForCausalLM, AutoModelForCausalLM; {LOAD}",
+    "a module first": f"import sys, prunus, transformers.modeling_layers; {MODEL}; {LOAD}",
+    "the configuration first": (
+        f"import sys, prunus; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1]); {MODEL}; {LOAD}"
+    ),
     "transformers first": f"import sys; from transformers import AutoModelForCausalLM; import prunus; {LOAD}",
 }
 

@@ -142,13 +142,10 @@ def test_a_dropped_attention_does_not_mislead_masks(
     assert torch.equal(small.generate(ids, **GREEDY, cache_implementation="static"), plain)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "gemma2"])  # sdpa cannot cap its scores
 def test_attention_implementations_agree_and_can_be_switched(name: str, tmp_path: Path) -> None:
     small, ids = pair(name)[3], tokens()
     want = logits(small, ids)
-    if name == "gemma2":
-        assert small._supports_sdpa is False  # no soft-capping there, as in the stock class
-        return
     sdpa = AutoModelForCausalLM.from_pretrained(saved(small, tmp_path / "a"), attn_implementation="sdpa")
     assert torch.allclose(logits(sdpa, ids), want, atol=1e-5)
     sdpa.set_attn_implementation("eager")

@@ -100,9 +100,7 @@ def indexed(config: object, seed: int = 0) -> SubNetwork:
     rng, d = random.Random(seed), dims(config)
     layers, kept = [], []
     for _ in range(config.num_hidden_layers):  # type: ignore[attr-defined]
-        shape = LayerShape(
-            rng.randint(1, d["kv_heads"]), rng.randint(1, d["q_per_kv"]), rng.randint(1, d["mlp"])
-        )
+        shape = LayerShape(rng.randint(1, d["kv_heads"]), rng.randint(1, d["q_per_kv"]), rng.randint(1, d["mlp"]))
         layers.append(shape)
         kept.append(
             LayerKept(*(tuple(rng.sample(range(d[u]), getattr(shape, u))) for u in ("kv_heads", "q_per_kv", "mlp")))
