@@ -37,7 +37,7 @@ def writing(path: str | Path, partial: Path | None = None) -> Iterator[None]:
 
 
 def trouble(error: BaseException) -> str:
-    """What a person can do about an error of the disk, or "" where it is no trouble of the disk. Libraries in Rust lose the errno."""
+    """What a person can do about an error of the disk, or "" for other errors. Libraries in Rust lose the errno."""
     number, text = getattr(error, "errno", None), str(error)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota exceeded" in text.lower():
         return "the disk is full; nothing half-written was kept. Make room, then give the same command again"

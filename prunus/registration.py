@@ -29,28 +29,36 @@ def _register() -> None:
 class _Watch(importlib.abc.MetaPathFinder):
     """Finds nothing itself: it lets the others find transformers, and adds our classes behind it."""
 
+    def __init__(self) -> None:
+        self.asking = False
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != PACKAGE:
+        if name != PACKAGE or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.asking = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader)
+            spec.loader = _Then(spec.loader, self)
         return spec
 
 
 class _Then(importlib.abc.Loader):
     """A loader that registers our classes after its work is done."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: importlib.abc.Loader, watch: _Watch) -> None:
+        self.loader, self.watch = loader, watch
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        if self.watch in sys.meta_path:  # only now: others look for the package without importing it
+            sys.meta_path.remove(self.watch)
         module.__loader__ = self.loader
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader

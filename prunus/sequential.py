@@ -8,15 +8,16 @@ model's inputs. Closed form, no gradients. All candidates travel together: the d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from prunus.families import Family
-from prunus.moments import add_products, stored, writer_weight
+from prunus.moments import add_rough_products, stored, writer_weight
 from prunus.objective import kl_from_logits
 from prunus.reform import refit
 from prunus.slicing import Override, activate
@@ -32,12 +33,14 @@ class SequentialSettings:
     """drift: share of the residual stream's drift in the target (0: the plain output of the dense sub-layer).
 
     damping: ridge towards the weights of before, relative to the mean diagonal of the Gram matrix.
-    reader_damping: the same for readers; None leaves them alone.
+    reader_damping: the same for readers; None leaves them alone. reader_stride: they see every n-th batch, since
+    their problems are smaller.
     """
 
     drift: float = 1.0
     damping: float = 0.3
     reader_damping: float | None = 0.3
+    reader_stride: int = 2
     micro: int = 4
 
 
@@ -131,32 +134,58 @@ def _refit_layer(
     settings: SequentialSettings,
     accept: Accept | None,
 ) -> None:
-    family, shape = stream.family, traveller.sub.layers[i]
+    shape = traveller.sub.layers[i]
     before = dict(traveller.weights)
     whole = traveller.sub.hidden == truth.before[0].shape[-1]  # else there is no dense output to aim at
-    drift = 0.0 if family.post_norm else settings.drift
+    replay: list[Tensor] = []
     if shape.attends and whole:
-        _refit_readers(stream, i, traveller, "attention", truth, settings)
-        path = family.attention_writer
-        target = _targets(truth.outputs[path], truth.before, traveller.hidden, drift)
-        with activate(stream.model, family, traveller.sub, traveller.weights):
-            moments = _Moments(stream.layers[i], path)
-            for hidden, y in zip(traveller.hidden, target, strict=True):
-                moments.add(_input_only(stream, i, path, hidden), y)
-            new = moments.solve(settings.damping)
-        traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
+        _refit_readers(stream, i, traveller, "attention", truth, settings, replay)
+        replay = _refit_attention(stream, i, traveller, truth, settings)
     if shape.mlp and whole:
-        _refit_readers(stream, i, traveller, "mlp", truth, settings)
-    with activate(stream.model, family, traveller.sub, traveller.weights):
-        if shape.mlp and whole:
-            moved = _refit_mlp(stream, i, traveller, truth, drift, settings)
-        else:
-            moved = [stream.run(i, hidden) for hidden in traveller.hidden]
+        _refit_readers(stream, i, traveller, "mlp", truth, settings, replay)
+        moved = _refit_mlp(stream, i, traveller, truth, settings, replay)
+    else:
+        moved = _advance(stream, i, traveller, replay)
     if accept is not None and not accept(c, i, before, traveller.weights):
         traveller.weights = before
-        with activate(stream.model, family, traveller.sub, traveller.weights):
-            moved = [stream.run(i, hidden) for hidden in traveller.hidden]
+        moved = _advance(stream, i, traveller, [])
     traveller.hidden = moved
+
+
+def _advance(stream: LayerStream, i: int, traveller: _Traveller, replay: list[Tensor]) -> list[Tensor]:
+    with activate(stream.model, stream.family, traveller.sub, traveller.weights), _replayed(stream, i, replay) as tell:
+        return [stream.run(i, tell(b, hidden)) for b, hidden in enumerate(traveller.hidden)]
+
+
+class _Replay(nn.Module):
+    """Stands in for an attention whose output on each batch is known already."""
+
+    def __init__(self, outputs: list[Tensor]) -> None:
+        super().__init__()
+        self.outputs, self.batch = outputs, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return self.outputs[self.batch], None
+
+
+@contextmanager
+def _replayed(stream: LayerStream, i: int, outputs: list[Tensor]) -> Iterator[Callable[[int, Tensor], Tensor]]:
+    """Inside the block the attention of layer i is not run again; call the yielded function before each batch."""
+    if not outputs:
+        yield lambda b, hidden: hidden
+        return
+    layer, path = stream.layers[i], stream.family.attention_module
+    attention, replay = layer.get_submodule(path), _Replay(outputs)
+
+    def tell(b: int, hidden: Tensor) -> Tensor:
+        replay.batch = b
+        return hidden
+
+    layer.set_submodule(path, replay)
+    try:
+        yield tell
+    finally:
+        layer.set_submodule(path, attention)
 
 
 def _refit_readers(
@@ -166,6 +195,7 @@ def _refit_readers(
     part: Literal["attention", "mlp"],
     truth: _Truth,
     settings: SequentialSettings,
+    replay: list[Tensor],
 ) -> None:
     """Readers give on the drifted inputs what they gave on the dense ones, as nearly as a matrix can."""
     if settings.reader_damping is None or (i == 0 and part == "attention"):  # the inputs of layer 0 have not drifted
@@ -175,13 +205,15 @@ def _refit_readers(
     gram, cross = torch.zeros(n, n, device=device), torch.zeros(n, n, device=device)
     own, dense, tokens = torch.zeros(n, device=device), torch.zeros(n, device=device), 0
     with activate(stream.model, stream.family, traveller.sub, traveller.weights):
-        for hidden, wanted in zip(traveller.hidden, truth.inputs[paths[0]], strict=True):
-            x, y = _input_only(stream, i, paths[0], hidden).flatten(0, -2), wanted.flatten(0, -2)
-            add_products(gram, x, x)
-            add_products(cross, x, y)
-            own += x.sum(0, dtype=torch.float32)
-            dense += y.sum(0, dtype=torch.float32)
-            tokens += len(x)
+        with _replayed(stream, i, replay) as tell:
+            for b in range(0, len(traveller.hidden), settings.reader_stride):
+                x = _input_only(stream, i, paths[0], tell(b, traveller.hidden[b])).flatten(0, -2)
+                y = truth.inputs[paths[0]][b].flatten(0, -2)
+                add_rough_products(gram, x, x)
+                add_rough_products(cross, x, y)
+                own += x.sum(0, dtype=torch.float32)
+                dense += y.sum(0, dtype=torch.float32)
+                tokens += len(x)
         for path in paths:
             prior = writer_weight(layer, path).float()
             moments = _Moments(layer, path)
@@ -191,45 +223,70 @@ def _refit_readers(
             traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
 
 
+def _refit_attention(
+    stream: LayerStream, i: int, traveller: _Traveller, truth: _Truth, settings: SequentialSettings
+) -> list[Tensor]:
+    """Refit the attention's writer, and return what the attention now gives on every batch."""
+    path = stream.family.attention_writer
+    drift = 0.0 if stream.family.post_norm else settings.drift
+    with activate(stream.model, stream.family, traveller.sub, traveller.weights):
+        moments, inputs = _Moments(stream.layers[i], path), []
+        for b, hidden in enumerate(traveller.hidden):
+            wanted = truth.outputs[path][b]
+            if drift:
+                wanted = wanted + drift * (truth.before[b] - hidden)
+            inputs.append(_input_only(stream, i, path, hidden))
+            moments.add(inputs[-1], wanted)
+        new = moments.solve(settings.damping)
+        traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
+        with _holding(stream.layers[i].get_submodule(path), new) as writer:
+            return [writer(x).view_as(h) for x, h in zip(inputs, traveller.hidden, strict=True)]
+
+
 def _refit_mlp(
     stream: LayerStream,
     i: int,
     traveller: _Traveller,
     truth: _Truth,
-    drift: float,
     settings: SequentialSettings,
+    replay: list[Tensor],
 ) -> list[Tensor]:
-    """Refit the MLP's writer (activated), and return the hidden states behind the layer with the new weight."""
-    family = stream.family
-    layer, path = stream.layers[i], stream.family.mlp_writer
-    moments, kept, rests = _Moments(layer, path), [], []
-    outputs, after = truth.outputs[path], truth.after
-    for b, hidden in enumerate(traveller.hidden):
-        own: list[Tensor] = []
-        hook = layer.get_submodule(path).register_forward_hook(lambda _, __, out, own=own: own.append(out))
-        try:
-            with inputs_of(layer, path) as seen:
-                out = stream.run(i, hidden)
-        finally:
-            hook.remove()
-        y = outputs[b]
-        if not family.post_norm:
-            rest = out - own[0].view_as(out)  # the stream without this MLP's share
-            if drift:
-                y = y + drift * (after[b] - outputs[b] - rest)
-            kept.append(seen[path].flatten(0, -2))
-            rests.append(rest)
-        moments.add(seen[path], y)
-    new = moments.solve(settings.damping)
-    traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
-    module = layer.get_submodule(path)
+    """Refit the MLP's writer, and return the hidden states behind the layer with the new weight."""
+    family, layer, path = stream.family, stream.layers[i], stream.family.mlp_writer
+    drift = 0.0 if family.post_norm else settings.drift
+    kept, rests = [], []
+    with activate(stream.model, family, traveller.sub, traveller.weights), _replayed(stream, i, replay) as tell:
+        moments = _Moments(layer, path)
+        for b, hidden in enumerate(traveller.hidden):
+            own: list[Tensor] = []
+            hook = layer.get_submodule(path).register_forward_hook(lambda _, __, out, own=own: own.append(out))
+            try:
+                with inputs_of(layer, path) as seen:
+                    out = stream.run(i, tell(b, hidden))
+            finally:
+                hook.remove()
+            wanted = truth.outputs[path][b]
+            if not family.post_norm:
+                rests.append(out - own[0].view_as(out))  # the stream without this MLP's share
+                kept.append(seen[path])
+                wanted = wanted + drift * (truth.after[b] - wanted - rests[-1])
+            moments.add(seen[path], wanted)
+        new = moments.solve(settings.damping)
+        traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
+        with _holding(layer.get_submodule(path), new) as writer:
+            if family.post_norm:
+                return [stream.run(i, tell(b, hidden)) for b, hidden in enumerate(traveller.hidden)]
+            return [rest + writer(x).view_as(rest) for x, rest in zip(kept, rests, strict=True)]
+
+
+@contextmanager
+def _holding(module: nn.Module, new: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """Inside the block a module has the given parameters (named by their paths)."""
     old = dict(module._parameters)
     for name, tensor in new.items():
         module._parameters[name.rpartition(".")[2]] = nn.Parameter(tensor, requires_grad=False)
     try:
-        if family.post_norm:
-            return [stream.run(i, hidden) for hidden in traveller.hidden]
-        return [rest + module(x).view_as(rest) for x, rest in zip(kept, rests, strict=True)]
+        yield module
     finally:
         module._parameters.update(old)
 
@@ -281,12 +338,6 @@ class Judge:
         return float(kl_from_logits(self.reference, self._logits(hidden)).mean())
 
 
-def _targets(outputs: list[Tensor], dense: list[Tensor], own: list[Tensor], drift: float) -> list[Tensor]:
-    if not drift:
-        return outputs
-    return [y + drift * (d - o) for y, d, o in zip(outputs, dense, own, strict=True)]
-
-
 def _input_only(stream: LayerStream, i: int, path: str, hidden: Tensor) -> Tensor:
     """The input of one module of layer i; the layer stops there."""
     found: list[Tensor] = []
@@ -325,8 +376,8 @@ class _Moments:
             y = y - self.bias
             self.inputs += x.sum(0, dtype=torch.float32)
             self.outputs += y.sum(0, dtype=torch.float32)
-        add_products(self.gram, x, x)
-        add_products(self.cross, x, y)
+        add_rough_products(self.gram, x, x)
+        add_rough_products(self.cross, x, y)
         self.tokens += len(x)
 
     def solve(self, damping: float) -> dict[str, Tensor]:

@@ -16,14 +16,13 @@ from prunus.slicing import state_of
 
 LOAD = "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
 MODEL = "from transformers import AutoModelForCausalLM"
+CONFIG = "from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
 ORDERS = {
-    "prunus first": f"import sys, prunus; from transformers import AutoModelForCausalLM; {LOAD}",
-    "a model class first": f"import sys, prunus; from transformers import LlamaForCausalLM, AutoModelForCausalLM; {LOAD}",
-    "a module first": f"import sys, prunus, transformers.modeling_layers; {MODEL}; {LOAD}",
-    "the configuration first": (
-        f"import sys, prunus; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1]); {MODEL}; {LOAD}"
+    "a model class first": f"import sys, prunus; from transformers import LlamaForCausalLM; {MODEL}; {LOAD}",
+    "looked for, then a configuration": (
+        f"import sys, prunus, importlib.util as u; u.find_spec('transformers'); {CONFIG}; {MODEL}; {LOAD}"
     ),
-    "transformers first": f"import sys; from transformers import AutoModelForCausalLM; import prunus; {LOAD}",
+    "transformers first": f"import sys; {MODEL}; import prunus; {LOAD}",
 }
 
 
