@@ -129,7 +129,7 @@ tags: [prunus, compressed]
 ---
 # {name}: a smaller network inside {s.run.source.get("id")}
 
-Cut out by [Prunus](https://github.com/prunus-nas/prunus) {machine.environment().get("prunus", "")}, {_tier(s)}.
+Cut out by Prunus {machine.environment().get("prunus", "")}, {_tier(s)}.
 
 | | original | this network |
 |---|---:|---:|

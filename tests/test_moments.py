@@ -21,17 +21,20 @@ def test_grams_are_second_moments_of_the_writers_inputs(name: str) -> None:
     for i in (0, 3):
         layer, inputs = layers_of(model, family)[i], {}
         hooks = [
-            layer.get_submodule(p).register_forward_pre_hook(lambda _, x, p=p: inputs.__setitem__(p, x[0]))
+            layer.get_submodule(p).register_forward_pre_hook(lambda _, x, p=p, to=inputs: to.__setitem__(p, x[0]))
             for p in (family.attention_writer, family.mlp_writer)
         ]
         with torch.no_grad():
             model(ids, use_cache=False)
         for hook in hooks:
             hook.remove()
-        writers = (family.attention_writer, found[i].attention, found[i].attention_mean), (
-            family.mlp_writer,
-            found[i].mlp,
-            found[i].mlp_mean,
+        writers = (
+            (family.attention_writer, found[i].attention, found[i].attention_mean),
+            (
+                family.mlp_writer,
+                found[i].mlp,
+                found[i].mlp_mean,
+            ),
         )
         for path, gram, mean in writers:
             x = inputs[path].flatten(0, -2)

@@ -99,7 +99,7 @@ def test_groups_go_by_their_joint_error(problem: tuple[torch.Tensor, ...]) -> No
 
 
 def test_refit_finds_the_plain_regression_and_the_ridge_keeps_the_prior(problem: tuple[torch.Tensor, ...]) -> None:
-    weight, gram, x = problem
+    _, gram, x = problem
     prior = torch.randn(5, 24, dtype=torch.float64)
     y = x @ torch.randn(24, 5, dtype=torch.float64)
     cross = x.T @ y / len(x)
