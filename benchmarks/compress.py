@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import shlex
 import statistics
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 from prunus.config import resolve
 from prunus.evaluation import perplexity, text_ids
 from prunus.loading import load
-from prunus.machine import environment
+from prunus.machine import environment, words
 from prunus.pipeline import compress
 from prunus.progress import LineProgress
 
@@ -138,7 +137,7 @@ def main() -> int:
         "command": shlex.join(
             ["python", "benchmarks/compress.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
         ),
-        "machine": f"{platform.machine()}, CPU only",
+        "machine": words(),
         "versions": environment(),
         "rows": rows,
         "views": views(),

@@ -181,6 +181,7 @@ def report_data(s: Session, p: Prepared, dense: Network, chosen: Mapping[str, Ne
                 "seconds": float(cost["seconds"]),
                 "forward_tokens": int(cost["forward_tokens"]),
                 "peak_bytes": int(cost["peak_bytes"]),
+                "peak_cuda_bytes": int(cost["peak_cuda_bytes"]),
             }
             for name, cost in s.run.costs().items()
         ],
@@ -195,6 +196,8 @@ def report_data(s: Session, p: Prepared, dense: Network, chosen: Mapping[str, Ne
         },
         "config": s.config.to_dict(),
         "versions": machine.environment(),
+        "machine": machine.words(),
+        "prompt": PROMPT,
         "error_curves": error_curves(s, p),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import sys
 import time
@@ -32,6 +33,18 @@ class Meter:
 
 
 @cache
+def words() -> str:
+    """The machine in a few words: processor, cores, memory."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    memory = ""
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    return f"{name}, {os.cpu_count()} cores{memory}"
+
+
 def environment() -> dict[str, str]:
     """Versions of what computes, and of the machine's system; imports nothing."""
     found = {"python": platform.python_version(), "platform": platform.platform()}

@@ -250,6 +250,9 @@ def check_request(s: Session) -> None:
     family's stock configuration cannot hold."""
     if s.config.uniform and (refusal := checkpoint.uniform_refusal(s.model.config, s.family, s.whole)):
         raise UserError(refusal)
+    width = next(s.model.parameters()).element_size()
+    kept = sum(s.config.keep) * costs.n_bytes(s.layout, s.whole, width)
+    s.run.require_space(int(2 * kept), "the checkpoints and their refitted weights")
     space = _space(s, list(range(len(s.stream))))
     for keep in s.config.keep:
         space.window(s.cost, keep, of=s.cost(s.whole), slack=_slack(s))
