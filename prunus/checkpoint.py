@@ -30,7 +30,16 @@ from prunus.subnetwork import LayerShape, SubNetwork
 
 MANIFEST = "prunus.json"
 CARD = "README.md"
-_SAFE = ("model_type", "transformers_version", "architectures", "auto_map", "quantization_config", "_name_or_path")
+# keys that say which model this was, not what it is
+_IDENTITY = (
+    "model_type",
+    "transformers_version",
+    "architectures",
+    "auto_map",
+    "quantization_config",
+    "_name_or_path",
+    "_model_name_or_path",
+)
 
 # ------------------------------------------------------------------------------- configurations of smaller models
 
@@ -88,7 +97,7 @@ def _carrier(config: Any, family: Family, sub: SubNetwork) -> str:
 
 def _frame(config: Any, family: Family, sub: SubNetwork) -> dict[str, Any]:
     """Every key of the new config.json but the widths of the layers."""
-    raw = {key: value for key, value in config.to_dict().items() if key not in _SAFE}
+    raw = {key: value for key, value in config.to_dict().items() if key not in _IDENTITY}
     raw |= {family.key("hidden"): sub.hidden, family.key("layers"): len(sub.alive)}
     if "word_embed_proj_dim" in raw:  # OPT: the size of its embeddings
         raw["word_embed_proj_dim"] = sub.hidden
@@ -201,6 +210,7 @@ def save(
             tokenizer.save_pretrained(partial)
         _edit(partial / "tokenizer_config.json", _older_tokenizer)
         _edit(partial / "config.json", _older_config)
+        _open_to_all(partial)
         (partial / CARD).write_text(card, encoding="utf-8")
         text = json.dumps({**manifest, "files": fingerprint(partial)}, indent=1)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -255,6 +265,12 @@ def _generation_config(model: Any, wanted: Any) -> Iterator[None]:
         model.generation_config = before
 
 
+def _open_to_all(directory: Path) -> None:
+    """Give every file the permissions of config.json: safetensors leaves its files readable by their owner only."""
+    for path in directory.iterdir():
+        path.chmod((directory / "config.json").stat().st_mode)
+
+
 def _edit(path: Path, change: Any) -> None:
     if path.is_file():
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -263,7 +279,9 @@ def _edit(path: Path, change: Any) -> None:
 
 
 def _older_tokenizer(raw: dict[str, Any]) -> None:
-    """Spell the class as transformers 4 knows it; transformers 5 loads that too."""
+    """Spell the class as transformers 4 knows it, which transformers 5 loads too; forget where it was read from."""
+    for key in ("is_local", "local_files_only"):
+        raw.pop(key, None)
     if raw.get("tokenizer_class") == "TokenizersBackend":
         raw["tokenizer_class"] = "PreTrainedTokenizerFast"
         raw.setdefault("model_input_names", ["input_ids", "attention_mask"])

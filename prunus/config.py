@@ -65,7 +65,7 @@ class CalibrationConfig(_Section):
         step="calibrate",
         flag="calibration",
     )
-    samples: int = setting(64, "calibration sequences", step="calibrate", flag="samples", low=1)
+    samples: int = setting(96, "calibration sequences", step="calibrate", flag="samples", low=1)
     length: int = setting(1024, "tokens in each calibration sequence", step="calibrate", flag="length", low=8)
     holdout: int = setting(
         16, "further sequences of the same source, kept aside to accept or refuse a change", step="calibrate", low=1
@@ -163,10 +163,10 @@ class SearchConfig(_Section):
         flag="constraint",
     )
     generations: int = setting(
-        30, "generations of the evolution, for each ratio", step="search", flag="generations", low=0
+        4, "generations of the evolution, for each ratio", step="search", flag="generations", low=0
     )
     population: int = setting(8, "candidates that survive a generation", step="search", low=1)
-    offspring: int = setting(32, "candidates tried in each generation", step="search", flag="offspring", low=1)
+    offspring: int = setting(16, "candidates tried in each generation", step="search", flag="offspring", low=1)
     slack: float = setting(
         0.002, "how far below its budget a network may stay, as a share of the budget", step="search", above=0, high=0.2
     )

@@ -31,7 +31,7 @@ from prunus.study import Record
 from prunus.subnetwork import SubNetwork
 
 WINDOW = 512  # tokens in a window that candidates are judged on
-RUNGS = (2, 6, 16)  # windows at each rung of successive halving
+RUNGS = (1, 3, 8)  # windows at each rung of successive halving
 JUDGED = 4  # held-out windows that decide whether a layer keeps its refitted weights
 MICRO = 4  # calibration windows that run together
 

@@ -1,0 +1,99 @@
+"""Peak memory of compressing a large random model, against its own bytes: benchmarks/results/memory.json.
+
+    python benchmarks/memory.py --out runs/memory --tokenizer MODEL
+
+Makes a Llama of the shapes of Llama-3.2-1B with random weights in bfloat16 (quality means nothing, sizes everything),
+and runs score, reform, search without generations, sequential pass and extraction on it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from prunus.loading import load
+from prunus.machine import environment, words
+
+SHAPES = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8},
+}
+
+
+def make(directory: Path, shape: str, tokenizer: str) -> int:
+    """Write the random model, unless it is there; returns the bytes of its weights."""
+    if not (directory / "config.json").exists():
+        torch.manual_seed(0)
+        loaded = load(tokenizer, dtype="bfloat16")
+        config = LlamaConfig(
+            **SHAPES[shape], num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True, head_dim=None
+        )
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+        loaded.tokenizer.save_pretrained(directory)
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def main() -> int:
+    """Make the model, run, write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokenizer", default="demo", help="a model whose tokenizer is borrowed")
+    parser.add_argument("--shape", choices=SHAPES, default="1B")
+    parser.add_argument("--text", default="generated", help="calibration source")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "memory.json")
+    options = parser.parse_args()
+    n_bytes = make(options.out / "model", options.shape, options.tokenizer)
+    run = options.out / "run"
+    small = ["--samples", "8", "--length", "512", "--generations", "0", "--keep", "0.8", "--calibration", options.text]
+    less = ["calibration.holdout=4", "reform.block=256", "reform.fisher=2"]
+    command = [sys.executable, "-m", "prunus", "compress", str(options.out / "model"), "--out", str(run), *small]
+    command += [part for item in less for part in ("--set", item)]
+    subprocess.run(command, check=True)
+    artefacts = json.loads((run / "manifest.json").read_text())["artefacts"]
+    rows = [
+        {
+            "step": entry["step"],
+            "artefact": name,
+            "peak_gb": entry["peak_bytes"] / 1e9,
+            "times": entry["peak_bytes"] / n_bytes,
+            "allowed_gb": 2.2 * n_bytes / 1e9 + 3,
+            "seconds": entry["seconds"],
+        }
+        for name, entry in artefacts.items()
+    ]
+    results = {
+        "command": shlex.join(
+            ["python", "benchmarks/memory.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
+        ),
+        "machine": words(),
+        "versions": environment(),
+        "model_gb": n_bytes / 1e9,
+        "rows": rows,
+        "views": {
+            "main": {
+                "columns": [
+                    ["step", "step", ""],
+                    ["artefact", "artefact", ""],
+                    ["peak_gb", "peak, GB", ".2f"],
+                    ["times", "of the model's bytes", ".2f"],
+                    ["allowed_gb", "allowed, GB", ".2f"],
+                    ["seconds", "seconds", ".0f"],
+                ],
+                "note": f"The model's weights are {n_bytes / 1e9:.2f} GB (bfloat16).",
+            }
+        },
+    }
+    options.results.parent.mkdir(exist_ok=True)
+    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
