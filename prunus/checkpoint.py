@@ -215,11 +215,22 @@ def save(
         text = json.dumps({**manifest, "files": fingerprint(partial)}, indent=1)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
         flush(partial)
-        old = target.with_name(f".{target.name}.old-{os.getpid()}")
-        if target.exists():
-            os.replace(target, old)
+        _exchange(partial, target)
+
+
+def _exchange(partial: Path, target: Path) -> None:
+    """Give a finished directory its name; the one that had it is deleted only then, and put back if that fails."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    replaced = target.exists()
+    if replaced:
+        os.replace(target, old)
+    try:
         place(partial, target)
-        remove(old)
+    except BaseException:
+        if replaced and not target.exists():
+            os.replace(old, target)
+        raise
+    remove(old)
 
 
 def _refuse_foreign(target: Path) -> None:

@@ -104,7 +104,9 @@ class NoAttention(Nothing):
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if cache is not None:
             batch, length = hidden_states.shape[:2]
-            nothing = hidden_states.new_zeros(batch, 1, length, 1)
+            kept = getattr(cache.layers[self.layer_idx], "keys", None) if len(cache.layers) > self.layer_idx else None
+            heads, size = (kept.shape[1], kept.shape[3]) if kept is not None and kept.ndim == 4 else (1, 1)
+            nothing = hidden_states.new_zeros(batch, heads, length, size)
             cache.update(nothing, nothing, self.layer_idx)
         return torch.zeros_like(hidden_states), None
 

@@ -239,7 +239,7 @@ def test_a_foreign_directory_is_left_alone_and_ours_is_replaced(tmp_path: Path) 
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("where", ["weights", "tokenizer", "flush"])
+@pytest.mark.parametrize("where", ["weights", "tokenizer", "flush", "place"])
 def test_a_full_disk_leaves_nothing_half_written(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, words = tiny("llama"), tokenizer()
     save(model, words, tmp_path / "old", card="old", manifest={})
@@ -249,6 +249,7 @@ def test_a_full_disk_leaves_nothing_half_written(where: str, tmp_path: Path, mon
 
     owner, name = {
         "weights": (model, "save_pretrained"), "tokenizer": (words, "save_pretrained"), "flush": (checkpoint, "flush"),
+        "place": (checkpoint, "place"),
     }[where]  # fmt: skip
     monkeypatch.setattr(owner, name, full_disk)
     for target in ("new", "old"):

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
 
 from prunus import ragged as modelling
 from prunus.checkpoint import save
-from prunus.families import dims, family_of
+from prunus.families import FAMILIES, dims, family_of
 from prunus.slicing import activate, extract
 from prunus.subnetwork import LayerShape, SubNetwork
 
@@ -58,6 +58,10 @@ def saved(model: Any, directory: Path) -> Path:
     return directory
 
 
+def test_every_known_model_type_has_its_classes() -> None:
+    assert set(modelling.CLASSES) == {f"prunus_{model_type}" for model_type in FAMILIES}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_activated_extracted_and_reloaded_are_one_function(name: str, shape: str, tmp_path: Path) -> None:
@@ -92,7 +96,8 @@ def test_generation_is_the_same_under_every_cache(name: str) -> None:
     ids = tokens(length=9)
     with activate(model, family, sub):
         want = model.generate(ids, **GREEDY)
-    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+    static = {"cache_implementation": "static"}
+    for options in ({}, {"use_cache": False}, static, {**static, "prefill_chunk_size": 4}):
         assert torch.equal(small.generate(ids, **GREEDY, **options), want), options
     with activate(model, family, sub):
         beams = model.generate(ids, **GREEDY, num_beams=3)
