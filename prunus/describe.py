@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from prunus import costs, machine
+from prunus.choosing import open_record
 from prunus.evaluation import compare_speed, perplexity, text_ids
 from prunus.families import dims
-from prunus.objective import Divergence
+from prunus.finishing import holdout_nats
 from prunus.pictures import ErrorCurve, Network, Tried
 from prunus.report import ReportData
 from prunus.slicing import Override, extract
@@ -44,10 +45,7 @@ def measure(s: Session, p: Prepared, name: str, sub: SubNetwork, weights: Overri
 
     def compute() -> dict[str, Any]:
         found: dict[str, Any] = {**network(s, name, sub)}
-        kl = Divergence(s.stream, p.objective.pool, lambda _: weights, holdout=p.objective.holdout, stride=1)
-        assert kl.holdout is not None
-        values = kl.measure([sub], range(len(kl.holdout)), holdout=True)[0]
-        s.run.count_tokens(int(kl.forward_tokens))
+        values = holdout_nats(s, p, sub, weights)
         found["kl_nats"] = statistics.fmean(values)
         found["kl_se"] = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
         small = extract(s.model, s.family, sub, weights, uniform=True if s.config.uniform else None)
@@ -204,8 +202,6 @@ def report_data(s: Session, p: Prepared, dense: Network, chosen: Mapping[str, Ne
 
 def tried(s: Session, p: Prepared) -> list[Tried]:
     """Every candidate of the search at the largest token budget that it was judged on."""
-    from prunus.steps import open_record
-
     if p.objective.kind != "kl":
         return []
     best: dict[str, tuple[int, Tried]] = {}

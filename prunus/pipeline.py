@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from prunus import describe, loading, steps
+from prunus import choosing, describe, finishing, loading, steps
 from prunus.config import CompressConfig
 from prunus.families import family_of
 from prunus.progress import Progress, silent
@@ -58,15 +58,15 @@ def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> d
             return describe.levels(s, prepared)
         chosen: dict[str, SubNetwork] = {}
         for keep in config.keep:
-            chosen[s.name(keep)] = steps.search_one(s, prepared, keep, starts=tuple(chosen.values()))
+            chosen[s.name(keep)] = choosing.search_one(s, prepared, keep, starts=tuple(chosen.values()))
         if last == "search":
             return describe.found(s, chosen)
-        weights = steps.refit(s, prepared, ids, chosen)
+        weights = finishing.refit(s, prepared, ids, chosen)
         dense = describe.measure_dense(s)
         figures = {name: describe.measure(s, prepared, name, sub, weights[name]) for name, sub in chosen.items()}
         for name, sub in chosen.items():
             card, manifest = describe.card(s, name, figures[name], dense), describe.manifest(s, sub, figures[name])
-            steps.save_network(s, name, sub, weights[name], card, manifest)
+            finishing.save_network(s, name, sub, weights[name], card, manifest)
         if last == "extract":
             return describe.found(s, chosen)
         command = shlex.join(["prunus", "compress", config.model, "--out", str(out), "--config", f"{out}/config.yaml"])

@@ -1,4 +1,4 @@
-"""Floor 5: the steps of a run, each one artefact or a few: calibrate, score, reform, search, extract.
+"""Floor 5: the first steps of a run: calibrate, score, reform; `choosing` and `finishing` go on.
 
 Every step takes a `Session` and reads what earlier steps left in the run directory, or makes it.
 """
@@ -16,23 +16,20 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prunus import calibration, checkpoint, costs, importance, levels, moments, search, sensitivity, sequential, shen
-from prunus.allocate import allocate
+from prunus import calibration, checkpoint, costs, importance, levels, moments, sensitivity
 from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.families import Family, dims, full
 from prunus.objective import Divergence, no_weights
 from prunus.progress import Progress
 from prunus.run import Run
-from prunus.slicing import Override, extract, sort
+from prunus.slicing import sort
 from prunus.space import SearchSpace, space_of
 from prunus.stream import LayerStream
-from prunus.study import Record
 from prunus.subnetwork import SubNetwork
 
 WINDOW = 512  # tokens in a window that candidates are judged on
 RUNGS = (1, 3, 8)  # windows at each rung of successive halving
-JUDGED = 4  # held-out windows that decide whether a layer keeps its refitted weights
 MICRO = 4  # calibration windows that run together
 
 
@@ -255,137 +252,13 @@ def check_request(s: Session) -> None:
     s.run.require_space(int(2 * kept), "the checkpoints and their refitted weights")
     space = _space(s, list(range(len(s.stream))))
     for keep in s.config.keep:
-        space.window(s.cost, keep, of=s.cost(s.whole), slack=_slack(s))
+        space.window(s.cost, keep, of=s.cost(s.whole), slack=slack(s))
 
 
-def _slack(s: Session) -> float:
+def slack(s: Session) -> float:
     """How far below its budget a network may stay; uniform spaces have coarse steps: all layers change at once."""
     c = s.config.search
     return max(c.slack, 2 * c.mlp_step / s.whole.layers[0].mlp) if s.config.uniform else c.slack
-
-
-def search_one(s: Session, p: Prepared, keep: float, starts: Sequence[SubNetwork]) -> SubNetwork:
-    """The sub-network for one keep ratio; starts: networks of other ratios, which the search may begin from."""
-
-    def compute() -> dict[str, Any]:
-        low, high = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=_slack(s))
-        seeds = [*_allocated(s, p, high), *starts]
-        window = min(low, *(s.cost(sub) for sub in seeds[:1])), high  # coarse spaces may not come nearer
-        record = open_record(s, p)
-        before = p.objective.forward_tokens
-        found = _run_method(s, p, keep, window, seeds, record)
-        s.run.count_tokens(int(p.objective.forward_tokens - before))
-        return {
-            "keep": keep,
-            "subnetwork": found.subnetwork.to_json(),
-            "predicted_nats": sensitivity.predict(p.curves, found.subnetwork),
-            "nats": found.score.value,
-            "start_nats": found.start_score.value,
-            "start": found.start.to_json(),
-            "evaluations": found.n_evaluations,
-            "generations": found.generations,
-            "asked_tokens": found.n_tokens,
-        }
-
-    inputs = {"errors": s.run.sha256("errors.safetensors"), "starts": [sub.key() for sub in starts]}
-    found = s.run.do("search", f"search/{s.name(keep)}.json", compute, inputs=inputs)
-    return SubNetwork.from_json(found["subnetwork"])
-
-
-def open_record(s: Session, p: Prepared) -> Record:
-    """The run's Optuna study, with the memory of every candidate that was judged."""
-    return Record.open(
-        s.run.grow("search", "trials.journal"),
-        p.space,
-        objective=f"{p.objective.kind}_nats",
-        costs={s.config.constraint: s.cost},
-        belongs_to={"model": str(s.run.source.get("sha256")), "tokens": str(s.run.notes.get("token_hash"))},
-        n_workers=s.config.search.workers,
-    )
-
-
-def _run_method(
-    s: Session, p: Prepared, keep: float, window: tuple[float, float], seeds: Sequence[SubNetwork], record: Record
-) -> search.Found:
-    """The search that the configuration names."""
-    c, seed = s.config.search, s.config.seed
-    settings = search.LevelSettings(generations=c.generations, offspring=c.offspring)
-    with s.progress(f"search for {keep:g}", c.generations) as advance:
-
-        def tick(_: str) -> None:
-            advance(1)
-
-        if c.method == "levels":
-            return search.levels(
-                p.space, p.objective, s.cost, window, start=seeds, seed=seed, record=record, settings=settings,
-                predict=lambda sub: sensitivity.predict(p.curves, sub), progress=tick,
-            )  # fmt: skip
-        if c.method == "random":
-            return search.random_search(
-                p.space, p.objective, s.cost, window, seed=seed, record=record, settings=settings, progress=tick
-            )
-        if c.method == "shen":
-            published = shen.ShenSettings.sized(c.population, c.generations)
-            return shen.shen(
-                p.space, p.objective, s.cost, window, target=keep, seed=seed, record=record, settings=published,
-                progress=tick,
-            )  # fmt: skip
-        return _nsga2(s, p, window, seeds, record, tick)
-
-
-def _nsga2(
-    s: Session,
-    p: Prepared,
-    window: tuple[float, float],
-    seeds: Sequence[SubNetwork],
-    record: Record,
-    tick: Callable[[str], None],
-) -> search.Found:
-    """Optuna's NSGA-II inside the window of one keep ratio; the best of its front."""
-    c = s.config.search
-    found = search.nsga2(
-        p.space, p.objective, s.cost, budget=window, start=seeds, n_trials=c.generations * c.offspring,
-        population=c.population, seed=s.config.seed, record=record, progress=tick,
-    )  # fmt: skip
-    best = min(found, key=lambda trial: trial.value)
-    before, after = record.judge(p.objective, [seeds[0], best.subnetwork], -1, len(RUNGS) - 1, method="nsga2")
-    spent = c.generations * c.offspring
-    return search.Found(best.subnetwork, after, seeds[0], before, record.n_tokens, spent, c.generations, ())
-
-
-def _allocated(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
-    """The allocation that the curves call best within a budget."""
-    if s.config.uniform:
-        return _allocated_uniform(s, p, budget)
-    rest = s.cost(s.whole) - sum(curve.costs[0] for curve in p.curves)
-    if s.config.constraint.startswith("parameters"):
-        price = [curve.costs for curve in p.curves]
-    else:  # price every level by what it saves when taken alone
-        rest = 0.0
-        whole = s.cost(s.whole)
-        price = [
-            tuple(
-                whole / len(p.curves) - whole + s.cost(sensitivity.with_level(s.whole, c.layer, level))
-                for level in c.levels
-            )
-            for c in p.curves
-        ]
-    found = allocate(price, [curve.nats for curve in p.curves], budget - rest)
-    return [sensitivity.subnetwork_of(p.curves, found.levels, s.whole.hidden)]
-
-
-def _allocated_uniform(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
-    """The best few uniform networks by prediction, for every head count and depth the widest MLP that fits."""
-    attention, widths, depths, _ = p.space.genes
-    found = []
-    for a in range(len(attention.options)):
-        for d in range(len(depths.options)):
-            fitting = (p.space.build((a, w, d, 0)) for w in range(len(widths.options)))
-            best = next((sub for sub in fitting if s.cost(sub) <= budget), None)
-            if best is not None:
-                found.append(best)
-    found.sort(key=lambda sub: sensitivity.predict(p.curves, sub))
-    return found[:8]
 
 
 def _windows(ids: Tensor) -> Tensor:
@@ -411,87 +284,3 @@ def _counted(s: Session, advance: Callable[[int], None], passes: int) -> Callabl
 
 def _move(folder: Path, target: Path) -> None:
     os.replace(folder, target)
-
-
-def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]) -> dict[str, Override]:
-    """Writer weights of every chosen network: one-shot, or after the sequential pass where that is better."""
-    paths = {name: f"weights/{name}.safetensors" for name in chosen}
-    inputs = {name: {"subnetwork": sub.key()} for name, sub in chosen.items()}
-    missing = [name for name in chosen if not s.run.done(paths[name], inputs[name])]
-    made: dict[str, dict[str, Tensor]] = {}
-
-    def compute(name: str) -> dict[str, Tensor]:
-        if not made:  # all that are missing travel together: the dense model runs once for all
-            made.update(_refit_missing(s, p, ids, {n: chosen[n] for n in missing}))
-        return made[name]
-
-    out: dict[str, Override] = {}
-    for name in chosen:
-        found = s.run.do("extract", paths[name], lambda name=name: compute(name), inputs=inputs[name])  # type: ignore[misc]
-        out[name] = {_address(key): weight.to(s.device) for key, weight in found.items()}
-    return out
-
-
-def _refit_missing(
-    s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]
-) -> dict[str, dict[str, Tensor]]:
-    r = s.config.reform
-    one_shot = {name: dict(p.database(sub)) for name, sub in chosen.items()}
-    if r.method == "none" or not r.sequential:
-        return {name: _named(weights) for name, weights in one_shot.items()}
-    settings = sequential.SequentialSettings(
-        drift=r.drift, damping=r.sequential_damping, reader_damping=r.readers, micro=MICRO
-    )
-    n = len(s.stream)
-    with s.progress("sequential pass", n * len(chosen) * ids.numel()) as advance:
-
-        def step(tokens: int) -> None:
-            advance(tokens)
-            s.run.count_tokens(round(tokens * 2.4 / n))
-
-        pairs = [(sub, one_shot[name]) for name, sub in chosen.items()]
-        assert p.objective.holdout is not None
-        judge = sequential.Judge(s.stream, p.objective.holdout[:JUDGED], pairs)
-        refitted = sequential.refit_all(s.stream, ids, pairs, settings, accept=judge, advance=step)
-    kept = {}
-    for (name, sub), new, refused in zip(chosen.items(), refitted, judge.refused, strict=True):
-        before, after = (_holdout_nats(s, p, sub, w) for w in (one_shot[name], new))
-        figures = {"one_shot_nats": before, "sequential_nats": after, "layers_refused": refused}
-        s.run.note(f"sequential/{name}", figures)
-        kept[name] = _named(new if after < before else one_shot[name])
-    return kept
-
-
-def _holdout_nats(s: Session, p: Prepared, sub: SubNetwork, weights: Override) -> float:
-    """Mean KL on all held-out windows."""
-    held = Divergence(s.stream, p.objective.pool, lambda _: weights, holdout=p.objective.holdout, windows=(1,))
-    assert held.holdout is not None
-    values = held.measure([sub], range(len(held.holdout)), holdout=True)[0]
-    s.run.count_tokens(int(held.forward_tokens))
-    return sum(values) / len(values)
-
-
-def _named(weights: Override) -> dict[str, Tensor]:
-    return {f"{i}|{path}": weight.cpu().contiguous() for (i, path), weight in weights.items()}
-
-
-def _address(key: str) -> tuple[int, str]:
-    i, _, path = key.partition("|")
-    return int(i), path
-
-
-def save_network(
-    s: Session, name: str, sub: SubNetwork, weights: Override, card: str, manifest: dict[str, Any]
-) -> Path:
-    """Extract one network and save it as a checkpoint `models/<name>/`."""
-    uniform = True if s.config.uniform else None
-
-    def compute() -> nn.Module:
-        return extract(s.model, s.family, sub, weights, uniform=uniform)
-
-    def save(model: nn.Module, path: Path) -> None:
-        checkpoint.save(model, s.tokenizer, path, card=card, manifest=manifest, generation_config=s.generation_config)
-
-    inputs = {"subnetwork": sub.key(), "weights": s.run.sha256(f"weights/{name}.safetensors"), "card": card}
-    s.run.do("extract", f"models/{name}", compute, save=save, load=lambda path: nn.Identity(), inputs=inputs)
-    return s.run.path(f"models/{name}")

@@ -1,0 +1,136 @@
+"""Floor 5: the step `search`: a sub-network for every keep ratio, from the knapsack's start to the search's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from prunus import search, sensitivity, shen
+from prunus.allocate import allocate
+from prunus.steps import RUNGS, Prepared, Session, slack
+from prunus.study import Record
+from prunus.subnetwork import SubNetwork
+
+
+def search_one(s: Session, p: Prepared, keep: float, starts: Sequence[SubNetwork]) -> SubNetwork:
+    """The sub-network for one keep ratio; starts: networks of other ratios, which the search may begin from."""
+
+    def compute() -> dict[str, Any]:
+        low, high = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=slack(s))
+        seeds = [*_allocated(s, p, high), *starts]
+        window = min(low, *(s.cost(sub) for sub in seeds[:1])), high  # coarse spaces may not come nearer
+        record = open_record(s, p)
+        before = p.objective.forward_tokens
+        found = _run_method(s, p, keep, window, seeds, record)
+        s.run.count_tokens(int(p.objective.forward_tokens - before))
+        return {
+            "keep": keep,
+            "subnetwork": found.subnetwork.to_json(),
+            "predicted_nats": sensitivity.predict(p.curves, found.subnetwork),
+            "nats": found.score.value,
+            "start_nats": found.start_score.value,
+            "start": found.start.to_json(),
+            "evaluations": found.n_evaluations,
+            "generations": found.generations,
+            "asked_tokens": found.n_tokens,
+        }
+
+    inputs = {"errors": s.run.sha256("errors.safetensors"), "starts": [sub.key() for sub in starts]}
+    found = s.run.do("search", f"search/{s.name(keep)}.json", compute, inputs=inputs)
+    return SubNetwork.from_json(found["subnetwork"])
+
+
+def open_record(s: Session, p: Prepared) -> Record:
+    """The run's Optuna study, with the memory of every candidate that was judged."""
+    return Record.open(
+        s.run.grow("search", "trials.journal"),
+        p.space,
+        objective=f"{p.objective.kind}_nats",
+        costs={s.config.constraint: s.cost},
+        belongs_to={"model": str(s.run.source.get("sha256")), "tokens": str(s.run.notes.get("token_hash"))},
+        n_workers=s.config.search.workers,
+    )
+
+
+def _run_method(
+    s: Session, p: Prepared, keep: float, window: tuple[float, float], seeds: Sequence[SubNetwork], record: Record
+) -> search.Found:
+    """The search that the configuration names."""
+    c, seed = s.config.search, s.config.seed
+    settings = search.LevelSettings(generations=c.generations, offspring=c.offspring)
+    with s.progress(f"search for {keep:g}", c.generations) as advance:
+
+        def tick(_: str) -> None:
+            advance(1)
+
+        if c.method == "levels":
+            return search.levels(
+                p.space, p.objective, s.cost, window, start=seeds, seed=seed, record=record, settings=settings,
+                predict=lambda sub: sensitivity.predict(p.curves, sub), progress=tick,
+            )  # fmt: skip
+        if c.method == "random":
+            return search.random_search(
+                p.space, p.objective, s.cost, window, seed=seed, record=record, settings=settings, progress=tick
+            )
+        if c.method == "shen":
+            published = shen.ShenSettings.sized(c.population, c.generations)
+            return shen.shen(
+                p.space, p.objective, s.cost, window, target=keep, seed=seed, record=record, settings=published,
+                progress=tick,
+            )  # fmt: skip
+        return _nsga2(s, p, window, seeds, record, tick)
+
+
+def _nsga2(
+    s: Session,
+    p: Prepared,
+    window: tuple[float, float],
+    seeds: Sequence[SubNetwork],
+    record: Record,
+    tick: Callable[[str], None],
+) -> search.Found:
+    """Optuna's NSGA-II inside the window of one keep ratio; the best of its front."""
+    c = s.config.search
+    found = search.nsga2(
+        p.space, p.objective, s.cost, budget=window, start=seeds, n_trials=c.generations * c.offspring,
+        population=c.population, seed=s.config.seed, record=record, progress=tick,
+    )  # fmt: skip
+    best = min(found, key=lambda trial: trial.value)
+    before, after = record.judge(p.objective, [seeds[0], best.subnetwork], -1, len(RUNGS) - 1, method="nsga2")
+    spent = c.generations * c.offspring
+    return search.Found(best.subnetwork, after, seeds[0], before, record.n_tokens, spent, c.generations, ())
+
+
+def _allocated(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
+    """The allocation that the curves call best within a budget."""
+    if s.config.uniform:
+        return _allocated_uniform(s, p, budget)
+    rest = s.cost(s.whole) - sum(curve.costs[0] for curve in p.curves)
+    if s.config.constraint.startswith("parameters"):
+        price = [curve.costs for curve in p.curves]
+    else:  # price every level by what it saves when taken alone
+        rest = 0.0
+        whole = s.cost(s.whole)
+        price = [
+            tuple(
+                whole / len(p.curves) - whole + s.cost(sensitivity.with_level(s.whole, c.layer, level))
+                for level in c.levels
+            )
+            for c in p.curves
+        ]
+    found = allocate(price, [curve.nats for curve in p.curves], budget - rest)
+    return [sensitivity.subnetwork_of(p.curves, found.levels, s.whole.hidden)]
+
+
+def _allocated_uniform(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
+    """The best few uniform networks by prediction, for every head count and depth the widest MLP that fits."""
+    attention, widths, depths, _ = p.space.genes
+    found = []
+    for a in range(len(attention.options)):
+        for d in range(len(depths.options)):
+            fitting = (p.space.build((a, w, d, 0)) for w in range(len(widths.options)))
+            best = next((sub for sub in fitting if s.cost(sub) <= budget), None)
+            if best is not None:
+                found.append(best)
+    found.sort(key=lambda sub: sensitivity.predict(p.curves, sub))
+    return found[:8]

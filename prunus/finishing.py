@@ -1,0 +1,102 @@
+"""Floor 5: the step `extract`: refit the chosen networks, and save them as checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunus import checkpoint, sequential
+from prunus.slicing import Override, extract
+from prunus.steps import MICRO, Prepared, Session
+from prunus.subnetwork import SubNetwork
+
+JUDGED = 4  # held-out windows that decide whether a layer keeps its refitted weights
+
+
+def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]) -> dict[str, Override]:
+    """Writer weights of every chosen network: one-shot, or after the sequential pass where that is better."""
+    paths = {name: f"weights/{name}.safetensors" for name in chosen}
+    inputs = {name: {"subnetwork": sub.key()} for name, sub in chosen.items()}
+    missing = [name for name in chosen if not s.run.done(paths[name], inputs[name])]
+    made: dict[str, dict[str, Tensor]] = {}
+
+    def compute(name: str) -> dict[str, Tensor]:
+        if not made:  # all that are missing travel together: the dense model runs once for all
+            made.update(_refit_missing(s, p, ids, {n: chosen[n] for n in missing}))
+        return made[name]
+
+    out: dict[str, Override] = {}
+    for name in chosen:
+        found = s.run.do("extract", paths[name], lambda name=name: compute(name), inputs=inputs[name])  # type: ignore[misc]
+        out[name] = {_address(key): weight.to(s.device) for key, weight in found.items()}
+    return out
+
+
+def _refit_missing(
+    s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]
+) -> dict[str, dict[str, Tensor]]:
+    r = s.config.reform
+    one_shot = {name: dict(p.database(sub)) for name, sub in chosen.items()}
+    if r.method == "none" or not r.sequential:
+        return {name: _named(weights) for name, weights in one_shot.items()}
+    settings = sequential.SequentialSettings(
+        drift=r.drift, damping=r.sequential_damping, reader_damping=r.readers, micro=MICRO
+    )
+    n = len(s.stream)
+    with s.progress("sequential pass", n * len(chosen) * ids.numel()) as advance:
+
+        def step(tokens: int) -> None:
+            advance(tokens)
+            s.run.count_tokens(round(tokens * 2.4 / n))
+
+        pairs = [(sub, one_shot[name]) for name, sub in chosen.items()]
+        assert p.objective.holdout is not None
+        judge = sequential.Judge(s.stream, p.objective.holdout[:JUDGED], pairs)
+        refitted = sequential.refit_all(s.stream, ids, pairs, settings, accept=judge, advance=step)
+    kept = {}
+    for (name, sub), new, refused in zip(chosen.items(), refitted, judge.refused, strict=True):
+        before, after = (fmean(holdout_nats(s, p, sub, w)) for w in (one_shot[name], new))
+        figures = {"one_shot_nats": before, "sequential_nats": after, "layers_refused": refused}
+        s.run.note(f"sequential/{name}", figures)
+        kept[name] = _named(new if after < before else one_shot[name])
+    return kept
+
+
+def holdout_nats(s: Session, p: Prepared, sub: SubNetwork, weights: Override) -> list[float]:
+    """KL of one network on every held-out window; the dense model's states are kept from question to question."""
+    held = replace(p.objective, weights=lambda _: weights, kind="kl", forward_tokens=0.0)
+    assert held.holdout is not None
+    values = held.measure([sub], range(len(held.holdout)), holdout=True)[0]
+    s.run.count_tokens(int(held.forward_tokens))
+    return values
+
+
+def _named(weights: Override) -> dict[str, Tensor]:
+    return {f"{i}|{path}": weight.cpu().contiguous() for (i, path), weight in weights.items()}
+
+
+def _address(key: str) -> tuple[int, str]:
+    i, _, path = key.partition("|")
+    return int(i), path
+
+
+def save_network(
+    s: Session, name: str, sub: SubNetwork, weights: Override, card: str, manifest: dict[str, Any]
+) -> Path:
+    """Extract one network and save it as a checkpoint `models/<name>/`."""
+    uniform = True if s.config.uniform else None
+
+    def compute() -> nn.Module:
+        return extract(s.model, s.family, sub, weights, uniform=uniform)
+
+    def save(model: nn.Module, path: Path) -> None:
+        checkpoint.save(model, s.tokenizer, path, card=card, manifest=manifest, generation_config=s.generation_config)
+
+    inputs = {"subnetwork": sub.key(), "weights": s.run.sha256(f"weights/{name}.safetensors"), "card": card}
+    s.run.do("extract", f"models/{name}", compute, save=save, load=lambda path: nn.Identity(), inputs=inputs)
+    return s.run.path(f"models/{name}")
