@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import multiprocessing
 import os
@@ -17,92 +16,15 @@ import numpy as np
 import optuna
 import pytest
 from tiny import CONFIGS
+from toy import Toy, blocks, brute_force, llama_space, tiny_space
 
 from prunus.allocate import allocate
 from prunus.errors import UserError
 from prunus.moves import Prices, fit, gene_errors, mutate, predictor, scatter, settle
 from prunus.search import Found, LevelSettings, front, hypervolume, levels, nsga2, random_search
-from prunus.shen import RANGES, ShenSettings, mutate_mask, ranges_of, shen
-from prunus.space import SearchSpace, space_of
+from prunus.space import space_of
 from prunus.study import Record, params
 from prunus.subnetwork import LayerShape, SubNetwork
-
-
-def blocks(sub: SubNetwork) -> float:
-    """Weights of a llama with head_dim 8 and hidden size 48."""
-    return 48.0 * sum(16 * s.kv_heads * s.q_per_kv + 16 * s.kv_heads + 3 * s.mlp for s in sub.layers)
-
-
-def llama_space(**given: Any) -> SearchSpace:
-    return space_of(CONFIGS["llama"](), **{"mlp_step": 8, **given})
-
-
-class Toy:
-    """Separable errors plus interactions of neighbouring layers, plus noise that paired windows share in part."""
-
-    def __init__(
-        self, space: SearchSpace, seed: int = 0, pairs: float = 0.0, noise: float = 0.0, n_windows: int = 8
-    ) -> None:
-        rng = np.random.default_rng(seed)
-        self.space, self.noise, self.n_windows = space, noise, n_windows
-        self.weight = rng.uniform(0.2, 2.0, (space.n_layers, 2))
-        self.power = rng.uniform(1.0, 3.0, (space.n_layers, 2))
-        self.pairs = pairs * rng.uniform(0, 1, space.n_layers)
-        self.n_calls = 0
-
-    def lost(self, sub: SubNetwork) -> np.ndarray:
-        whole = self.space.largest().layers
-        return np.array(
-            [
-                (1 - s.kv_heads * s.q_per_kv / (w.kv_heads * w.q_per_kv), 1 - s.mlp / w.mlp)
-                for s, w in zip(sub.layers, whole, strict=True)
-            ]
-        )
-
-    def truth(self, sub: SubNetwork) -> float:
-        lost = self.lost(sub)
-        both = lost.sum(1)
-        return float((self.weight * lost**self.power).sum() + (self.pairs[1:] * both[1:] * both[:-1]).sum())
-
-    def errors(self) -> list[np.ndarray]:
-        """The separable part, as curves over the genes of the space."""
-        return [
-            np.array(
-                [
-                    self.weight[i, part] * (1 - _share(option, gene.options[0])) ** self.power[i, part]
-                    for option in gene.options
-                ]
-            )
-            for (i, part), gene in zip(
-                itertools.product(range(self.space.n_layers), (0, 1)), self.space.genes, strict=False
-            )
-        ]
-
-    def __call__(self, subs: Sequence[SubNetwork], draw: int, rung: int) -> Iterator[Sequence[float]]:
-        n = self.n_windows * 4**rung
-        for sub in subs:
-            self.n_calls += 1
-            common = np.random.default_rng([abs(draw), draw < 0, 7]).normal(size=self.n_windows * 64)[:n]
-            own = np.random.default_rng([abs(draw), draw < 0, int(sub.key()[:8], 16)]).normal(size=n)
-            yield [float(x) for x in self.truth(sub) + self.noise * (common + 0.3 * own)]
-
-    def n_tokens(self, rung: int) -> int:
-        return 100 * 4**rung
-
-
-def _share(option: Any, whole: Any) -> float:
-    return float(np.prod(option) / np.prod(whole))
-
-
-def brute_force(space: SearchSpace, toy: Toy, window: tuple[float, float]) -> SubNetwork:
-    every = (space.build(choice) for choice in itertools.product(*(range(len(gene.options)) for gene in space.genes)))
-    return min((sub for sub in every if window[0] <= blocks(sub) <= window[1]), key=toy.truth)
-
-
-def tiny_space() -> SearchSpace:
-    heads = ((4, 2), (4, 1), (2, 1), (1, 1))
-    return SearchSpace((heads, (*heads, (0, 0)), (*heads, (0, 0))), ((80, 60, 40, 20, 0),) * 3, (48,))
-
 
 # ------------------------------------------------------------------------------------------------------ moves
 
@@ -445,112 +367,6 @@ def test_nsga2_keeps_inside_a_budget() -> None:
     window = space.window(blocks, 0.8)[0] / 2, space.window(blocks, 0.8)[1]
     for trial in nsga2(space, Toy(space), blocks, budget=window, n_trials=30):
         assert window[0] <= blocks(trial.subnetwork) <= window[1]
-
-
-# ------------------------------------------------------------------------------------------------------ Shen
-
-
-def test_mask_mutation_keeps_counts_and_overlap() -> None:
-    rng, settings = random.Random(0), ShenSettings()
-    for _ in range(300):
-        n = rng.choice([1, 2, 3, 8, 100])
-        old = tuple(sorted(rng.sample(range(n), rng.randint(0, n))))
-        size = rng.randint(0, n)
-        new = mutate_mask(old, size, n, 1.0, settings, rng)
-        assert len(new) == len(set(new)) == size
-        assert new == tuple(sorted(new))
-        assert all(0 <= unit < n for unit in new)
-        overlap = math.ceil(0.8 * min(len(old), size) - 1e-9)
-        assert len(set(old) & set(new)) >= overlap
-        can_differ = 0 < size < n and overlap < size
-        assert not (len(old) == size and can_differ and new == old)
-
-
-def test_mask_mutation_has_its_probability() -> None:
-    rng, old = random.Random(0), tuple(range(60))
-    changed = sum(mutate_mask(old, 60, 100, 0.3, ShenSettings(), rng) != old for _ in range(2000))
-    assert 0.26 < changed / 2000 < 0.34
-    assert len(mutate_mask(old, 50, 100, 0.0, ShenSettings(), rng)) == 50  # another ratio always needs another mask
-
-
-def test_the_printed_algorithm_hardly_ever_succeeds_below_its_threshold() -> None:
-    """Why the repair: at a ratio of .8 and less the literal rejection gives the old mask back, at .95 it works."""
-    rng, literal = random.Random(0), ShenSettings(mask="literal", tries=50)
-    low, high = tuple(range(1600)), tuple(range(1900))
-    assert all(mutate_mask(low, 1600, 2000, 1.0, literal, rng) == low for _ in range(5))
-    assert len(mutate_mask(low, 1500, 2000, 1.0, literal, rng)) == 1600  # and even has the wrong size
-    new = mutate_mask(high, 1900, 2000, 1.0, literal, rng)
-    assert new != high
-    assert len(new) == 1900
-
-
-def test_table_1() -> None:
-    assert ranges_of(0.8, 32).attention == 0.8
-    assert ranges_of(0.7, 32).attention == 0.7  # printed as .3
-    assert ranges_of(0.5, 32).depth == (28, 32)
-    assert ranges_of(0.5, 30).depth == (27, 30)
-    assert ranges_of(0.9, 30).depth == (30, 30)
-    assert ranges_of(0.55, 12).mlp == 0.1
-    assert set(RANGES) == {0.9, 0.8, 0.7, 0.6, 0.5}
-
-
-@pytest.mark.parametrize("target", [0.9, 0.7, 0.6])
-@pytest.mark.parametrize("attention", ["grid", "groups", "none"])
-def test_shen_meets_the_constraint_and_improves(target: float, attention: Any) -> None:
-    space = llama_space(attention=attention)
-    toy = Toy(space, pairs=0.3)
-    window = space.window(blocks, target, slack=0.02)
-    record = Record.open(None, space, costs={"parameters": blocks})
-    settings = ShenSettings(population=20, mutants=10, crossovers=6, parents=4, generations=6)
-    found = shen(space, toy, blocks, window, target=target, record=record, settings=settings)
-    trials = record.trials()
-    assert all(window[0] <= t.cost["parameters"] <= window[1] for t in trials)
-    assert all(t.draw == 0 and t.rung == 0 and t.method == "shen" for t in trials)
-    assert all(space.contains(t.subnetwork) for t in trials)
-    assert any(t.subnetwork.kept for t in trials)  # masks are not only prefixes
-    assert not found.start.kept  # the initial network keeps the most important units
-    assert len({s.mlp for s in found.start.layers}) <= 3  # in the same ratio everywhere, up to settling
-    assert toy.truth(found.subnetwork) < toy.truth(found.start)
-    assert found.n_evaluations <= 1 + 20 * 6
-    assert found.score.value == min(t.value for t in trials)
-
-
-def test_shen_drops_layers_at_low_ratios() -> None:
-    space = llama_space(depth=True)
-    big = SearchSpace((space.attention[0], *(space.attention[1],) * 11), (space.mlp[1],) * 12, (48,))
-    toy = Toy(big)
-    window = big.window(blocks, 0.5, slack=0.02)
-    record = Record.open(None, big)
-    settings = ShenSettings(population=30, mutants=20, crossovers=6, generations=4, depth_probability=0.5)
-    order = [0, 11, *range(1, 11)]
-    shen(big, toy, blocks, window, target=0.5, layer_order=order, record=record, settings=settings)
-    gone = {tuple(set(range(12)) - set(t.subnetwork.alive)) for t in record.trials()}
-    assert () in gone
-    assert len(gone) > 1
-    for layers in gone:  # always the last ones of the order
-        assert set(layers) == set(order[12 - len(layers) :])
-        assert len(layers) <= 4
-    for trial in record.trials():
-        for layer in (trial.subnetwork.layers[i] for i in trial.subnetwork.alive):
-            assert layer.attends
-            assert layer.mlp
-
-
-def test_shen_has_the_published_numbers() -> None:
-    space = tiny_space()
-    record = Record.open(None, space)
-    s = ShenSettings(generations=3)
-    shen(space, Toy(space), blocks, space.window(blocks, 0.7, slack=0.2), target=0.7, record=record, settings=s)
-    assert ShenSettings().generations == 50
-    assert (s.population, s.mutants, s.crossovers, s.parents) == (100, 50, 30, 10)
-    assert (s.ratio_probability_initial, s.mask_probability_initial) == (0.3, 0.6)
-    assert (s.ratio_probability, s.mask_probability, s.depth_probability) == (0.1, 0.3, 0.1)
-    assert (s.similarity, s.tries) == (0.8, 1000)
-    assert ShenSettings.sized(100, 50) == ShenSettings()
-    with pytest.raises(UserError, match="cannot hold"):
-        ShenSettings(population=8)
-    with pytest.raises(UserError, match="per-layer"):
-        shen(llama_space(uniform=True), Toy(space), blocks, (0, 1), target=0.7)
 
 
 def test_curves_by_width_become_curves_by_gene() -> None:

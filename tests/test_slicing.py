@@ -12,10 +12,9 @@ import torch
 from tiny import CONFIGS, indexed, ragged, tiny, tokens
 from torch import Tensor, nn
 
-from prunus.errors import UserError
 from prunus.families import AXES, Family, dims, family_of, full
 from prunus.rows import rows
-from prunus.slicing import activate, check_subnetwork, sort, state_of, take
+from prunus.slicing import activate, sort, state_of, take
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
 every_family = pytest.mark.parametrize("name", CONFIGS)
@@ -461,68 +460,6 @@ def test_activated_weights_are_the_extracted_ones(name: str) -> None:
         assert not {t.data_ptr() for t in state.values()} & {p.data_ptr() for p in model.parameters()}
 
 
-# ---------------------------------------------------------------------------------------------------------- LoRA
-
-
-def _lora(model: Any, family: Family, embeddings: bool = False) -> Any:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    targets = [*family.linear_names, *([family.embedding.rpartition(".")[2]] if embeddings else [])]
-    torch.manual_seed(7)
-    config = LoraConfig(r=3, lora_alpha=8, target_modules=targets, init_lora_weights=False)
-    return inject_adapter_in_model(config, model).eval()
-
-
-def _merge(model: Any) -> Any:
-    merged = copy.deepcopy(model)
-    for path, module in list(merged.named_modules()):
-        if hasattr(module, "base_layer") and hasattr(module, "merge"):
-            module.merge()
-            merged.set_submodule(path, module.base_layer)
-    return merged
-
-
-@every_family
-@pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("exact")
-def test_slicing_and_merging_adapters_commute(name: str, embeddings: bool) -> None:
-    model: Any = tiny(name, dtype=torch.float64)
-    family = family_of(model.config)
-    if embeddings:  # merging an adapter into a tied embedding would change the output matrix too
-        head = model.get_output_embeddings()
-        head.weight = nn.Parameter(head.weight.detach().clone())
-    lora: Any = _lora(model, family, embeddings).double()
-    merged = _merge(lora)
-    for sub in (full(model.config), ragged(model.config), indexed(model.config)):
-        with activate(lora, family, sub):
-            split = _logits(lora)
-        with activate(merged, family, sub):
-            assert _relative(split, _logits(merged)) < 1e-5
-    order = _random_order(model.config)
-    before = _logits(lora)
-    sort(lora, family, order)
-    assert _relative(_logits(lora), before) < 1e-9
-
-
-@every_family
-@pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.filterwarnings("ignore")
-def test_only_adapters_get_gradients(name: str, embeddings: bool) -> None:
-    lora: Any = _lora(tiny(name), family_of(tiny(name).config), embeddings)
-    family, sub = family_of(lora.config), ragged(lora.config)
-    before = _fingerprint(lora)
-    with activate(lora, family, sub):
-        model_loss = lora(tokens(), use_cache=False, labels=tokens()).loss
-        model_loss.backward()
-    with_grad = {n for n, p in lora.named_parameters() if p.grad is not None}
-    assert with_grad and all("lora_" in n for n in with_grad)
-    assert embeddings == any("lora_embedding" in n for n in with_grad)
-    for layer in range(4):
-        assert any(f"{family.layers}.{layer}." in n for n in with_grad)
-    assert _fingerprint(lora) == before
-
-
 # ---------------------------------------------------------------------------------------------------- generation
 
 
@@ -540,42 +477,3 @@ def test_generation_with_and_without_cache(name: str, grad: bool) -> None:
             without = model.generate(ids, use_cache=False, **options)
             assert torch.equal(with_cache, without)
             assert with_cache.shape[1] == 17
-
-
-# ------------------------------------------------------------------------------------------------------ refusals
-
-
-def test_subnetworks_that_do_not_fit_are_refused() -> None:
-    config = tiny("llama").config
-    whole = full(config)
-
-    def changed(i: int, shape: LayerShape) -> SubNetwork:
-        return SubNetwork(48, tuple(shape if j == i else s for j, s in enumerate(whole.layers)))
-
-    refused = {
-        "layers": SubNetwork(48, whole.layers[:3]),
-        "hidden size 49": SubNetwork(49, whole.layers),
-        "hidden size 0": SubNetwork(0, whole.layers),
-        "layer 2: kv_heads 5": changed(2, LayerShape(5, 1, 1)),
-        "layer 1: q_per_kv 3": changed(1, LayerShape(1, 3, 1)),
-        "layer 3: mlp 81": changed(3, LayerShape(1, 1, 81)),
-        "layer 3: mlp -1": changed(3, LayerShape(1, 1, -1)),
-        "layer 0 is never dropped": changed(0, LayerShape(0, 0, 5)),
-    }
-    for words, sub in refused.items():
-        with pytest.raises(UserError, match=words):
-            check_subnetwork(config, sub)
-        model: Any = tiny("llama")
-        with pytest.raises(UserError, match=words), activate(model, family_of(config), sub):
-            pass
-    check_subnetwork(config, whole)
-
-
-def test_named_members_that_do_not_exist_are_refused() -> None:
-    model: Any = tiny("llama")
-    whole = full(model.config)
-    for bad in ((0, 80), (3, 3), (-1, 2)):
-        layers = (LayerShape(4, 2, 2), *whole.layers[1:])
-        kept = (LayerKept(mlp=bad), *(LayerKept(),) * 3)
-        with pytest.raises(UserError, match="layer 0: mlp"):
-            check_subnetwork(model.config, SubNetwork(48, layers, kept))

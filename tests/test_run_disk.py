@@ -1,0 +1,119 @@
+"""Run directories when the disk is full, and the accounts of what each step took."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_run import SOURCE, config, never
+
+from prunus import artefact
+from prunus.errors import UserError
+from prunus.run import Run, read_manifest
+
+
+@pytest.mark.parametrize("rust", [False, True])
+def test_a_full_disk_keeps_nothing_half_written(tmp_path: Path, rust: bool) -> None:
+    full = Exception("I/O error: No space left on device (os error 28)") if rust else OSError(errno.ENOSPC, "full")
+
+    def save(value: Any, path: Path) -> None:
+        path.mkdir()
+        (path / "half").write_text("half")
+        raise full
+
+    with Run.open(tmp_path / "run", config(), SOURCE) as run:
+        run.do("calibrate", "tokens.json", lambda: [1])
+        with pytest.raises(UserError, match="disk is full"):
+            run.do("extract", "models/keep80", lambda: 1, save, lambda path: 1)
+        assert not list((tmp_path / "run").rglob("half"))
+        assert not (tmp_path / "run/models/keep80").exists()
+    with Run.open(tmp_path / "run", config(), SOURCE) as run:
+        assert run.do("calibrate", "tokens.json", never) == [1]
+
+
+def test_a_full_disk_while_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manifest itself does not fit: the old one stays, and the artefact does not count."""
+    original = Path.write_text
+
+    def write_text(self: Path, *args: Any, **named: Any) -> int:
+        if self.name == "manifest.json":
+            original(self, "{")
+            raise OSError(errno.ENOSPC, "full")
+        return original(self, *args, **named)
+
+    with Run.open(tmp_path / "run", config(), SOURCE) as run:
+        monkeypatch.setattr(Path, "write_text", write_text)
+        with pytest.raises(UserError, match="disk is full"):
+            run.do("calibrate", "tokens.json", lambda: [1])
+        monkeypatch.undo()
+    with Run.open(tmp_path / "run", config(), SOURCE) as run:
+        assert not run.done("tokens.json")
+        assert run.do("calibrate", "tokens.json", lambda: [2]) == [2]
+
+
+def test_a_bug_is_not_dressed_up_as_a_full_disk(tmp_path: Path) -> None:
+    def save(value: Any, path: Path) -> None:
+        raise TypeError("a bug")
+
+    with Run.open(tmp_path / "run", config(), SOURCE) as run, pytest.raises(TypeError, match="a bug"):
+        run.do("score", "scores", lambda: 1, save, lambda path: 1)
+
+
+def test_space_is_asked_for_before_the_work(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", config(), SOURCE) as run:
+        run.require_space(1, "a few bytes")
+        with pytest.raises(UserError, match=r"the checkpoints need .* GB"):
+            run.require_space(10**18, "the checkpoints")
+
+
+def test_a_text_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artefact.write_text(tmp_path / "a.json", "old")
+    monkeypatch.setattr(artefact, "flush", lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(UserError, match="disk is full"):
+        artefact.write_text(tmp_path / "a.json", "new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.json": "old"}
+
+
+def test_each_step_is_accounted_for(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", config(), SOURCE) as run:
+
+        def work(n: int) -> list[int]:
+            run.count_tokens(n)
+            block = bytearray(60_000_000)
+            time.sleep(0.05)
+            return [len(block)]
+
+        run.do("score", "scores.json", lambda: work(10))
+        for layer in range(2):
+            run.do("reform", f"levels/{layer}.json", lambda: work(5))
+        costs = run.costs()
+    assert list(costs) == ["score", "reform"]
+    assert costs["score"]["forward_tokens"] == costs["reform"]["forward_tokens"] == 10
+    assert 0.05 <= costs["score"]["seconds"] < costs["reform"]["seconds"] + 0.05
+    assert costs["score"]["peak_bytes"] > 60_000_000
+    recorded = read_manifest(tmp_path / "run")
+    assert recorded["environments"][recorded["artefacts"]["scores.json"]["environment"]]["torch"]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system cannot reset the peak")
+def test_peak_memory_is_that_of_the_step(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", config(), SOURCE) as run:
+        run.do("score", "large.json", lambda: len(bytearray(b"1" * 300_000_000)))
+        run.do("reform", "small.json", lambda: 1)
+        costs = run.costs()
+    assert costs["score"]["peak_bytes"] - costs["reform"]["peak_bytes"] > 250_000_000
+
+
+def test_notes_and_hashes_last(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", config(), SOURCE) as run:
+        run.note("tokens_sha256", "ff")
+        run.do("score", "scores.json", lambda: 1)
+        first = run.sha256("scores.json")
+        assert len(first) == 64
+    with Run.reopen(tmp_path / "run") as run:
+        assert run.notes == {"tokens_sha256": "ff"}
+        assert run.sha256("scores.json") == first
