@@ -139,7 +139,7 @@ Cut out by Prunus {machine.environment().get("prunus", "")}, {_tier(s)}.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH"{extra})
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH"{extra})
 ```
 
 {why} The licence is that of the original model.

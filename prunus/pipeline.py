@@ -44,6 +44,7 @@ def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> d
         dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
+        windows=(config.calibration.samples + config.calibration.holdout, config.calibration.length),
     )
     with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:
         family = family_of(loaded.model.config)

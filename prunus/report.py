@@ -208,7 +208,7 @@ def _loading(data: ReportData) -> str:
             "```python\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{group[0]["path"]}"{argument})\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{group[0]["path"]}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{group[0]["path"]}"{argument})\n'
             "```"
         )
         if not uniform:

@@ -17,7 +17,7 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 assert "prunus" not in sys.modules
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = tokenizer("The capital of France is", return_tensors="pt")
 text = tokenizer.decode(model.generate(**ids, max_new_tokens=12, do_sample=False)[0])
 print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "text": text}))
