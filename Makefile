@@ -13,6 +13,8 @@ export GOMP_SPINCOUNT ?= 0
 DEMO_OUT   ?= runs/demo
 DEMO_FLAGS ?= --keep 0.9 0.7 0.5 --dtype bfloat16 --samples 24 --length 512 --generations 1 --set calibration.holdout=6
 
+TEST_JOBS ?= 2
+
 .PHONY: demo test lint format types tests results clean
 
 demo: $(VENV)/demo.stamp  ## compress SmolLM2-135M to three sizes, with calibration text that the model writes itself
@@ -28,7 +30,8 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy --strict prunus
 
 tests: $(VENV)/dev.stamp types lint
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) -m "not real" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m real $(PYTEST_FLAGS)
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
