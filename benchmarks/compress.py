@@ -27,7 +27,7 @@ from prunus.progress import LineProgress
 PROTOCOLS = ((2048, 40, 5), (128, 320, 24))  # length, windows, windows of the quick protocol
 
 
-def scores(checkpoint: str, text: str, dtype: str, cache: Path) -> dict[str, float]:
+def scores(checkpoint: str, text: str, dtype: str, cache: Path, *, quick_only: bool = False) -> dict[str, float]:
     """Perplexities of one checkpoint, from the cache where it has them."""
     if cache.exists():
         return dict(json.loads(cache.read_text()))
@@ -35,8 +35,9 @@ def scores(checkpoint: str, text: str, dtype: str, cache: Path) -> dict[str, flo
     ids = text_ids(text, loaded.tokenizer)
     found: dict[str, float] = {}
     for length, windows, quick in PROTOCOLS:
-        result = perplexity(loaded.model, ids, length=length, chunks=windows)
-        found[f"ppl{length}"] = result.ppl
+        result = perplexity(loaded.model, ids, length=length, chunks=quick if quick_only else windows)
+        if not quick_only:
+            found[f"ppl{length}"] = result.ppl
         found[f"ppl{length}_quick"] = math.exp(statistics.fmean(result.per_chunk[:quick]))
         found[f"nats{length}_se"] = result.se or 0.0
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -44,11 +45,11 @@ def scores(checkpoint: str, text: str, dtype: str, cache: Path) -> dict[str, flo
     return found
 
 
-def rows_of(name: str, source: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def rows_of(name: str, asked: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One run, and a row for each of its checkpoints."""
-    out = options.out / name
+    out, (source, *own) = options.out / name, asked.split(";")
     flags = {"model": options.model, "keep": tuple(options.keep), "dtype": options.dtype, "calibration.source": source}
-    flags |= dict(item.split("=", 1) for item in options.set)
+    flags |= dict(item.split("=", 1) for item in (*options.set, *own))
     data = compress(resolve(None, flags), out, LineProgress())
     steps = {step["name"]: step for step in data["steps"]}
     rows = []
@@ -69,7 +70,8 @@ def rows_of(name: str, source: str, options: argparse.Namespace) -> list[dict[st
             "peak_mb": max(step["peak_bytes"] for step in steps.values()) / 1e6,
         }
         cache = options.out / "scores" / f"{name}-{network['name']}.json"
-        row |= scores(str(out / network["path"]), options.text, options.dtype, cache)
+        quick = name in options.quick
+        row |= scores(str(out / network["path"]), options.text, options.dtype, cache, quick_only=quick)
         rows.append(row)
     return rows
 
@@ -116,7 +118,9 @@ def views() -> dict[str, Any]:
 def main() -> int:
     """Make the runs, score them, write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="NAME=SOURCE", help="a name, and a calibration source")
+    parser.add_argument(
+        "runs", nargs="+", metavar="NAME=SOURCE[;KEY=VALUE...]", help="a name, a calibration source, settings"
+    )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text", required=True, help="the test text")
@@ -124,13 +128,14 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rivals", type=Path)
+    parser.add_argument("--quick", nargs="*", default=[], metavar="NAME", help="runs scored on the quick protocol only")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "compress.json")
     options = parser.parse_args()
     dense = scores(options.model, options.text, options.dtype, options.out / "scores" / "dense.json")
     rows = [{"method": "dense", "ours": True, "kept": keep, **dense} for keep in options.keep]
     for item in options.runs:
-        name, _, source = item.partition("=")
-        rows += [{**row, "ours": True} for row in rows_of(name, source, options)]
+        name, _, asked = item.partition("=")
+        rows += [{**row, "ours": name not in options.quick} for row in rows_of(name, asked, options)]
     if options.rivals:
         rows += rivals(options.rivals)
     results = {
