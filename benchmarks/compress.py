@@ -118,9 +118,7 @@ def views() -> dict[str, Any]:
 def main() -> int:
     """Make the runs, score them, write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "runs", nargs="+", metavar="NAME=SOURCE[;KEY=VALUE...]", help="a name, a calibration source, settings"
-    )
+    parser.add_argument("runs", nargs="+", metavar="NAME=SOURCE[;KEY=VALUE...]", help="a run")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--text", required=True, help="the test text")
