@@ -65,7 +65,7 @@ class CalibrationConfig(_Section):
         step="calibrate",
         flag="calibration",
     )
-    samples: int = setting(96, "calibration sequences", step="calibrate", flag="samples", low=1)
+    samples: int = setting(64, "calibration sequences", step="calibrate", flag="samples", low=1)
     length: int = setting(1024, "tokens in each calibration sequence", step="calibrate", flag="length", low=8)
     holdout: int = setting(
         16, "further sequences of the same source, kept aside to accept or refuse a change", step="calibrate", low=1

@@ -42,6 +42,7 @@ def _refit_missing(
 ) -> dict[str, dict[str, Tensor]]:
     r = s.config.reform
     one_shot = {name: dict(p.database(sub)) for name, sub in chosen.items()}
+    p.database.forget()
     if r.method == "none" or not r.sequential:
         return {name: _named(weights) for name, weights in one_shot.items()}
     settings = sequential.SequentialSettings(

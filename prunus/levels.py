@@ -155,6 +155,11 @@ class Levels:
                 override |= self._reformed(i, "mlp", neurons)
         return override
 
+    def forget(self) -> None:
+        """Give the memory of all cached levels back."""
+        self._room += sum(t.nbytes for entry in self._cache.values() for t in entry.values())
+        self._cache.clear()
+
     def _reformed(self, i: int, which: str, kept: object) -> dict[tuple[int, str], Tensor]:
         key = (i, which, kept)
         if key in self._cache:

@@ -104,6 +104,9 @@ def test_the_cache_forgets_and_the_whole_needs_no_weights(tmp_path: Path) -> Non
     first, second = small(sub), plenty(sub)
     assert all(torch.equal(first[key], second[key]) for key in second)
     assert len(small._cache) == 1
+    plenty.forget()
+    assert not plenty._cache
+    assert plenty._room == Levels(model, family, tmp_path, orders=orders)._room
     assert plenty(full(model.config)) == {}
 
 
