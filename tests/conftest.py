@@ -25,3 +25,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(ALL_THREADS if request.node.get_closest_marker("real") else 1)
     yield
     torch.set_num_threads(ALL_THREADS)
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, rotary embeddings and softmax in double precision too: transformers casts them to float32 otherwise."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -20,13 +20,6 @@ from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 every_family = pytest.mark.parametrize("name", CONFIGS)
 
 
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms, rotary embeddings and softmax in double precision too: transformers casts them to float32 otherwise."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
 def _logits(model: Any, ids: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         out: Tensor = model(tokens() if ids is None else ids, use_cache=False).logits
