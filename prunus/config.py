@@ -116,7 +116,7 @@ class ReformConfig(_Section):
     )
     block: int = setting(16, "neurons that the greedy order removes at a time", step="score", low=1)
     sensitivity: int = setting(
-        0, "levels of each sub-layer whose divergence is measured; 0: trust the curvature", step="reform", low=0
+        1, "levels of each sub-layer whose divergence is measured; 0: trust the curvature", step="reform", low=0
     )
     order: Literal["greedy", "score"] = setting(
         "greedy", "order of units: greedy removal with compensation, or the score as it is", step="score"
@@ -124,6 +124,9 @@ class ReformConfig(_Section):
     iterations: int = setting(30, "iterations of ADMM", step="reform", low=1)
     sequential: bool = setting(
         True, "refit each chosen network from the inputs that its own compressed layers produce", step="extract"
+    )
+    sequential_samples: int | None = setting(
+        None, "calibration sequences that the pass uses; `none` for all", step="extract", low=1
     )
     sequential_damping: float = setting(
         0.3, "ridge of that pass, towards the reformed weights", step="extract", low=0.0

@@ -15,7 +15,7 @@ from prunus.slicing import Override, extract
 from prunus.steps import MICRO, Prepared, Session
 from prunus.subnetwork import SubNetwork
 
-JUDGED = 4  # held-out windows that decide whether a layer keeps its refitted weights
+JUDGED = 2  # held-out windows that decide whether a layer keeps its refitted weights
 
 
 def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]) -> dict[str, Override]:
@@ -48,6 +48,7 @@ def _refit_missing(
     settings = sequential.SequentialSettings(
         drift=r.drift, damping=r.sequential_damping, reader_damping=r.readers, micro=MICRO
     )
+    ids = ids[: r.sequential_samples]
     n = len(s.stream)
     with s.progress("sequential pass", n * len(chosen) * ids.numel()) as advance:
 

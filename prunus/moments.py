@@ -59,14 +59,6 @@ def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float().T, right.float())
 
 
-def add_rough_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right, **in place**, each batch's sum rounded to the inputs' dtype: twice as fast in bfloat16.
-
-    For problems whose ridge is far larger than such rounding (relative 2^-9 of one batch's entry).
-    """
-    total += torch.mm(left.T, right)
-
-
 @torch.no_grad()
 def collect(
     stream: LayerStream,

@@ -1,8 +1,7 @@
 """Floor 3: from reformed errors to nats: what each level of each sub-layer costs in KL, alone.
 
-The error curves rank the levels inside one sub-layer; a few measured levels of each sub-layer (one short forward
-each, the layers before it shared) say how errors turn into KL there. Between them the curve is interpolated, both
-axes logarithmic.
+The error curves, weighted by the curvature of the loss, predict the divergence of every level. One measured level of
+each sub-layer (a short forward, the layers before it shared) tells where they mislead.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ Which = Literal["attention", "mlp"]
 AttentionLevel = tuple[int, int]
 T = TypeVar("T")
 TINY = 1e-9
+WHICH: tuple[Which, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def measure(
     errors: Errors,
     windows: Sequence[int],
     *,
-    points: int = 3,
+    points: int = 1,
     advance: Callable[[int], None] | None = None,
 ) -> list[Anchor]:
     """KL of the model with one sub-layer at one of `points` levels, everything else dense, for every sub-layer."""
@@ -90,46 +90,53 @@ def measure(
 
 
 def _spread(levels: Sequence[T], points: int) -> list[T]:
-    """A few levels from the gentlest to the hardest, the hardest always among them."""
-    if len(levels) <= points:
+    """A few levels, evenly between the gentlest and the hardest, neither of them if others will do."""
+    n = len(levels)
+    if n <= points:
         return list(levels)
-    return [levels[round((k + 1) * (len(levels) - 1) / points)] for k in range(points)]
+    return [levels[round((k + 1) * (n - 1) / (points + 1))] for k in range(points)]
 
 
 def curves(errors: Errors, anchors: Sequence[Anchor], layout: Layout, space: SearchSpace, hidden: int) -> list[Curve]:
-    """The divergence and the cost of every level of every sub-layer, attention then MLP, layer by layer."""
+    """The divergence and the cost of every level of every sub-layer, attention then MLP, layer by layer.
+
+    A level's divergence is half its error (to second order, if the errors are weighted by the curvature), times a
+    factor for its sub-layer that the measured levels give.
+    """
+    factor = factors(anchors)
     out = []
     for layer in range(len(space.attention)):
-        for which in ("attention", "mlp"):
-            own = [a for a in anchors if a.layer == layer and a.which == which]
+        for which in WHICH:
             levels = space.attention[layer] if which == "attention" else space.mlp[layer]
-            nats = tuple(_interpolate(error_of(errors, layer, level), own) for level in levels)
+            scale = factor.get((layer, which), 1.0) / 2
+            nats = tuple(scale * error_of(errors, layer, level) for level in levels)
             costs = tuple(float(_cost(layout, layer, level, hidden)) for level in levels)
             out.append(Curve(layer, which, levels, costs, nats))
     return out
+
+
+def factors(anchors: Sequence[Anchor], noise: float = math.log(2)) -> dict[tuple[int, Which], float]:
+    """By how much the measured levels of each sub-layer say that its errors underrate its divergence.
+
+    The logarithm of measured over predicted divergence, averaged over a sub-layer's levels. What lies within `noise`
+    (a short measurement) is believed by half, what exceeds it is believed: that mends the few sub-layers whose errors
+    mislead, such as the first ones, and leaves the curvature's ranking of the others.
+    """
+    logs: dict[tuple[int, Which], list[float]] = {}
+    for a in anchors:
+        if a.error > TINY:
+            logs.setdefault((a.layer, a.which), []).append(math.log(2 * max(a.nats, TINY) / a.error))
+    found = {}
+    for key, values in logs.items():
+        ratio = float(np.mean(values))
+        found[key] = math.exp(ratio - 0.5 * min(max(ratio, -noise), noise))
+    return found
 
 
 def _cost(layout: Layout, layer: int, level: AttentionLevel | int, hidden: int) -> int:
     if isinstance(level, tuple):
         return sublayer_parameters(layout, layer, "attention", LayerShape(level[0], level[1], 0), hidden)
     return sublayer_parameters(layout, layer, "mlp", LayerShape(0, 0, level), hidden)
-
-
-def _interpolate(error: float, anchors: Sequence[Anchor]) -> float:
-    """KL of an error: log-log between anchors, proportional below the first, in proportion above the last."""
-    if error <= TINY:
-        return 0.0
-    points = sorted((max(a.error, TINY), max(a.nats, TINY)) for a in anchors)
-    if not points:
-        return error / 2  # a Fisher-weighted error is twice the KL, to second order
-    xs = [math.log(x) for x, _ in points]
-    ys = np.maximum.accumulate([math.log(y) for _, y in points])
-    x = math.log(error)
-    if x <= xs[0]:
-        return math.exp(float(ys[0]) + x - xs[0])
-    if x >= xs[-1]:
-        return math.exp(float(ys[-1]) + x - xs[-1])
-    return math.exp(float(np.interp(x, xs, ys)))
 
 
 def subnetwork_of(curves: Sequence[Curve], levels: Sequence[int], hidden: int) -> SubNetwork:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.families import Family
-from prunus.moments import add_rough_products, stored, writer_weight
+from prunus.moments import add_products, stored, writer_weight
 from prunus.objective import kl_from_logits
 from prunus.reform import refit
 from prunus.slicing import Override, activate
@@ -209,8 +209,8 @@ def _refit_readers(
             for b in range(0, len(traveller.hidden), settings.reader_stride):
                 x = _input_only(stream, i, paths[0], tell(b, traveller.hidden[b])).flatten(0, -2)
                 y = truth.inputs[paths[0]][b].flatten(0, -2)
-                add_rough_products(gram, x, x)
-                add_rough_products(cross, x, y)
+                add_products(gram, x, x)
+                add_products(cross, x, y)
                 own += x.sum(0, dtype=torch.float32)
                 dense += y.sum(0, dtype=torch.float32)
                 tokens += len(x)
@@ -376,8 +376,8 @@ class _Moments:
             y = y - self.bias
             self.inputs += x.sum(0, dtype=torch.float32)
             self.outputs += y.sum(0, dtype=torch.float32)
-        add_rough_products(self.gram, x, x)
-        add_rough_products(self.cross, x, y)
+        add_products(self.gram, x, x)
+        add_products(self.cross, x, y)
         self.tokens += len(x)
 
     def solve(self, damping: float) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ from prunus.space import SearchSpace, space_of
 from prunus.stream import LayerStream
 from prunus.subnetwork import SubNetwork
 
-WINDOW = 512  # tokens in a window that candidates are judged on
-RUNGS = (1, 3, 8)  # windows at each rung of successive halving
+WINDOW = 1024  # tokens in a window that candidates are judged on: shorter ones overrate what short contexts need
+RUNGS = (1, 2, 4)  # windows at each rung of successive halving
 MICRO = 4  # calibration windows that run together
 
 
@@ -213,7 +213,9 @@ def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str,
         kl = Divergence(s.stream, objective.pool, database, windows=RUNGS, seed=s.config.seed + 1)
         with s.progress("divergence of single levels", len(s.stream)) as advance:
             points = r.sensitivity
-            measured = sensitivity.measure(kl, s.whole, space, errors, kl.draw(0, 0), points=points, advance=advance)
+            measured = sensitivity.measure(
+                kl, s.whole, space, errors, kl.draw(0, 1)[:2], points=points, advance=advance
+            )
         s.run.count_tokens(int(kl.forward_tokens))
         return [asdict(anchor) for anchor in measured]
 
