@@ -131,7 +131,7 @@ def _run(
     progress: Tell | None,
 ) -> Found:
     top, step, since, accepted = len(s.survivors), s.step, 0, list[int]()
-    first = parent = _best(starts, ledger.judge(starts, -1, top))
+    first = parent = _start(starts, ledger.judge(starts, -1, top), s.accept_z)
     seen, generation = set(starts), 0
     while generation < s.generations and since < s.patience and _affordable(ledger, s, top):
         subs = _offspring(parent, propose, predict, s, rng, step, seen)
@@ -238,8 +238,13 @@ def _worse(a: Judged, b: Judged, z: float) -> bool:
     return bool(error) and mean > z * error
 
 
-def _best(subs: Sequence[SubNetwork], scores: Sequence[Judged]) -> SubNetwork:
-    return min(zip(subs, scores, strict=True), key=lambda pair: pair[1].value)[0]
+def _start(starts: Sequence[SubNetwork], scores: Sequence[Judged], z: float) -> SubNetwork:
+    """The first start, the knapsack's, unless another one is better by more than the noise of a few windows."""
+    best, own = starts[0], scores[0]
+    for sub, score in zip(starts[1:], scores[1:], strict=True):
+        if _better(score, own, max(z, 1.0)):
+            best, own = sub, score
+    return best
 
 
 # -------------------------------------------------------------------------------------------------- fronts
