@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ def main() -> int:
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The results file, as benchmarks/render.py reads it."""
     pivot = {"title": "kept of the blocks", "index": "step", "across": "kept", "across_format": ".0%", "best": "min"}
-    names = [Path(a).name if "/" in a else a for a in sys.argv[1:]]
+    names = [re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:]]
     results = {
         "command": shlex.join(["python", "benchmarks/ablation.py", *names]),
         "machine": words(),

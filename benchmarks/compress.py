@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shlex
 import statistics
 import sys
@@ -138,7 +139,7 @@ def main() -> int:
         rows += rivals(options.rivals)
     results = {
         "command": shlex.join(
-            ["python", "benchmarks/compress.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
+            ["python", "benchmarks/compress.py", *(re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:])]
         ),
         "machine": words(),
         "versions": environment(),

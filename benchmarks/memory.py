@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -69,9 +70,7 @@ def main() -> int:
         for name, entry in artefacts.items()
     ]
     results = {
-        "command": shlex.join(
-            ["python", "benchmarks/memory.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])]
-        ),
+        "command": shlex.join(["python", "benchmarks/memory.py", *(re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:])]),
         "machine": words(),
         "versions": environment(),
         "model_gb": n_bytes / 1e9,
