@@ -247,6 +247,11 @@ def _price_of_layers(curves: Sequence[sensitivity.Curve], n_layers: int) -> list
 def check_request(s: Session) -> None:
     """Refuse, before any long work, what cannot be reached: keep ratios outside the space, a uniform export that the
     family's stock configuration cannot hold."""
+    if s.config.search.hidden:
+        raise UserError(
+            "search.hidden is true, but the search cannot cut the hidden size yet: reformation has no dense output to "
+            "aim at there; leave it false, or cut with prunus.extract(model, family, SubNetwork(hidden, ...))"
+        )
     if s.config.uniform and (refusal := checkpoint.uniform_refusal(s.model.config, s.family, s.whole)):
         raise UserError(refusal)
     width = next(s.model.parameters()).element_size()
