@@ -323,6 +323,23 @@ def split(ids: Tensor, holdout: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return ids[:n][order], ids[n:].clone()
 
 
+def openings(ids: Tensor, n: int, *, seed: int = 0, bos: int | None = None) -> Tensor | None:
+    """n tokens that a text may begin with, drawn from calibration windows (rows, length); shape (n, 1), or None.
+
+    The first token of a sequence becomes the attention sink of all others: a few layers blow its state up, whatever
+    token it is (Xiao et al. 2024, arXiv:2309.17453). What comes first depends on nothing else, and so costs one token
+    to fit; a few dozen windows show a few dozen first tokens, and a refit on them alone breaks the sink of others.
+    One in 16 is `bos`, which chats begin with. None where all windows begin alike: such a model sees one opening only.
+    """
+    if not n or bool((ids[:, 0] == ids[0, 0]).all()):
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    drawn = ids.flatten()[torch.randint(ids.numel(), (n,), generator=generator).to(ids.device)]
+    if bos is not None:
+        drawn[::16] = bos
+    return drawn[:, None]
+
+
 def token_hash(ids: Tensor) -> str:
     """Name of a token tensor: sha256 of its int64 little-endian bytes and its shape (64 hexadecimal digits)."""
     raw = ids.detach().cpu().contiguous().to(torch.int64).numpy().astype("<i8")

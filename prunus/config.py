@@ -107,7 +107,9 @@ class ReformConfig(_Section):
     method: Literal["closed-form", "admm", "none"] = setting(
         "closed-form", "reformation of the kept weights", step="reform", flag="reform"
     )
-    damping: float = setting(0.003, "ridge, as a share of the Gram matrix's mean diagonal", step="score", low=0.0)
+    damping: float = setting(
+        0.003, "ridge, as a share of what is typical on the Gram matrix's diagonal", step="score", low=0.0
+    )
     fisher: int = setting(
         8,
         "calibration sequences that the loss's curvature is taken from, to weigh errors by; 0: none",
@@ -136,6 +138,9 @@ class ReformConfig(_Section):
         "ridge of that pass for the matrices that read the residual stream; `none` leaves them",
         step="extract",
         low=0.0,
+    )
+    openings: int = setting(
+        1024, "single tokens that the pass fits as first ones, where attention sinks form", step="extract", low=0
     )
     drift: float = setting(
         1.0, "share of the residual stream's drift that the pass is asked to undo", step="extract", low=0.0, high=2.0

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunus import checkpoint, sequential
+from prunus.calibration import openings
 from prunus.slicing import Override, extract
 from prunus.steps import MICRO, Prepared, Session
 from prunus.subnetwork import SubNetwork
@@ -48,6 +49,7 @@ def _refit_missing(
     settings = sequential.SequentialSettings(
         drift=r.drift, damping=r.sequential_damping, reader_damping=r.readers, micro=MICRO
     )
+    first = openings(ids, r.openings, seed=s.config.seed, bos=s.tokenizer.bos_token_id)
     ids = ids[: r.sequential_samples]
     n = len(s.stream)
     with s.progress("sequential pass", n * len(chosen) * ids.numel()) as advance:
@@ -59,7 +61,7 @@ def _refit_missing(
         pairs = [(sub, one_shot[name]) for name, sub in chosen.items()]
         assert p.objective.holdout is not None
         judge = sequential.Judge(s.stream, p.objective.holdout[:JUDGED], pairs)
-        refitted = sequential.refit_all(s.stream, ids, pairs, settings, accept=judge, advance=step)
+        refitted = sequential.refit_all(s.stream, ids, pairs, settings, openings=first, accept=judge, advance=step)
     kept = {}
     for (name, sub), new, refused in zip(chosen.items(), refitted, judge.refused, strict=True):
         before, after = (fmean(holdout_nats(s, p, sub, w)) for w in (one_shot[name], new))

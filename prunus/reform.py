@@ -13,11 +13,22 @@ import torch
 from torch import Tensor
 
 
+def ridge(gram: Tensor, damping: float) -> Tensor:
+    """What is added to the diagonal of a Gram matrix, one number per input, to make few tokens or dead inputs solvable.
+
+    damping times the mean of the diagonal with its largest tenth cut down to the rest, so that a few massive inputs
+    (a transformer's attention sinks; Sun et al. 2024, arXiv:2402.17762) do not drown the ridge's measure for all the
+    others; at least 3 % of damping times the input's own entry, which keeps massive, correlated inputs solvable.
+    """
+    own = gram.diagonal()
+    typical = own.clamp(max=own.quantile(0.9)).mean() + 1e-5 * own.mean()
+    return damping * torch.maximum(typical.expand_as(own), 0.03 * own) + torch.finfo(gram.dtype).tiny
+
+
 def damped(gram: Tensor, damping: float) -> Tensor:
-    """gram + damping * mean(diag) * I: what makes few tokens or dead inputs solvable. A copy."""
-    ridge = damping * gram.diagonal().mean()
+    """gram + diag(ridge). A copy."""
     out = gram.clone()
-    out.diagonal().add_(ridge + torch.finfo(gram.dtype).tiny)
+    out.diagonal().add_(ridge(gram, damping))
     return out
 
 
@@ -34,19 +45,15 @@ def factor(gram: Tensor) -> Tensor:
 
 
 def closed_form(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = 0.0) -> Tensor:
-    """The exact minimiser of ||W_K' X_K - W X||^2 + ridge ||W_K' - W_K||^2, shape (out, len(kept)).
+    """The exact minimiser of ||W_K' X_K - W X||^2 + ||(W_K' - W_K) R^1/2||^2, R = diag(ridge), shape (out, len(kept)).
 
-    W_K' = W_K + W_P G_PK (G_KK + ridge I)^-1, the limit of the paper's ADMM (Shen et al. 2024, eq. 7-9).
+    W_K' = W_K + W_P G_PK (G_KK + R)^-1, the limit of the paper's ADMM (Shen et al. 2024, eq. 7-9).
     """
     weight, kept = weight.to(gram.dtype), kept.to(gram.device)
     own = weight[:, kept]
     gram_k = gram[kept][:, kept]
     lost = weight @ gram[:, kept] - own @ gram_k  # = W_P G_PK
-    return own + torch.cholesky_solve(lost.T, factor(damped(gram_k, 0) + _ridge(gram, damping, gram_k))).T
-
-
-def _ridge(gram: Tensor, damping: float, like: Tensor) -> Tensor:
-    return damping * gram.diagonal().mean() * torch.eye(len(like), dtype=gram.dtype, device=gram.device)
+    return own + torch.cholesky_solve(lost.T, factor(gram_k + ridge(gram, damping)[kept].diag())).T
 
 
 def error_curve(weight: Tensor, gram: Tensor, damping: float = 0.0) -> Tensor:
@@ -166,10 +173,10 @@ def greedy_group_order(weight: Tensor, gram: Tensor, groups: Sequence[Tensor], d
 
 
 def refit(gram: Tensor, cross: Tensor, prior: Tensor, damping: float) -> Tensor:
-    """argmin_W ||A W^T - Y||^2 / tokens + ridge ||W - prior||^2, shape (out, k).
+    """argmin_W ||A W^T - Y||^2 / tokens + ||(W - prior) R^1/2||^2, R = diag(ridge), shape (out, k).
 
     gram (k, k) = A^T A / tokens, cross (k, out) = A^T Y / tokens: inputs that the compressed prefix really produces,
-    outputs that the dense model wants. The ridge, damping * mean(diag gram), pulls towards `prior`, not to zero.
+    outputs that the dense model wants. The ridge pulls towards `prior`, not to zero.
     """
     prior = prior.to(gram.dtype)
     residual = cross - gram @ prior.T

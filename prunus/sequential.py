@@ -64,15 +64,18 @@ def refit_all(
     candidates: Sequence[tuple[SubNetwork, Override]],
     settings: SequentialSettings,
     *,
+    openings: Tensor | None = None,
     accept: Accept | None = None,
     advance: Advance | None = None,
 ) -> list[dict[tuple[int, str], Tensor]]:
     """Refitted weights of every candidate, in storage order; ids (n, length) are calibration windows.
 
     candidates: sub-networks of the sorted super-network with their one-shot weights (`levels.Levels`), the prior that
-    the ridge pulls towards. accept: asked once per candidate and layer; where it says no the layer keeps its prior.
+    the ridge pulls towards. openings (m, 1): tokens that a text may begin with, fitted as sequences of their own
+    (`calibration.openings`). accept: asked once per candidate and layer; where it says no the layer keeps its prior.
     """
-    batches = list(torch.split(ids, settings.micro))
+    batches = [] if openings is None else [openings]  # first: readers see every n-th batch from the first on
+    batches += torch.split(ids, settings.micro)
     dense = [stream.embed(batch) for batch in batches]
     travellers = []
     for sub, override in candidates:

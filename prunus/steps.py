@@ -30,6 +30,7 @@ from prunus.subnetwork import SubNetwork
 
 WINDOW = 1024  # tokens in a window that candidates are judged on: shorter ones overrate what short contexts need
 RUNGS = (1, 2, 4)  # windows at each rung of successive halving
+CURVED = 512  # tokens in a window that the curvature is taken from: first tokens, which sinks form on, count enough
 MICRO = 4  # calibration windows that run together
 
 
@@ -106,7 +107,7 @@ def score(s: Session, ids: Tensor) -> dict[str, Tensor]:
     r = s.config.reform
     fisher: dict[str, Tensor] = {}
     if r.fisher:
-        sample = ids[: r.fisher]
+        sample = _windows(ids[: r.fisher], CURVED)
 
         def curvature() -> dict[str, Tensor]:
             with s.progress("curvature of the loss", sample.numel()) as advance:
@@ -268,9 +269,9 @@ def slack(s: Session) -> float:
     return max(c.slack, 2 * c.mlp_step / s.whole.layers[0].mlp) if s.config.uniform else c.slack
 
 
-def _windows(ids: Tensor) -> Tensor:
-    """Windows of at most WINDOW tokens, as many as fit: what candidates are judged on."""
-    length = min(WINDOW, ids.shape[1])
+def _windows(ids: Tensor, most: int = WINDOW) -> Tensor:
+    """The tokens in windows of at most `most`, as many as fit."""
+    length = min(most, ids.shape[1])
     per_row = ids.shape[1] // length
     return ids[:, : per_row * length].reshape(-1, length)
 

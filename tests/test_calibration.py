@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from prunus import calibration, sampling
-from prunus.calibration import calibration_tokens, mixture, overlap, split, token_hash, windows
+from prunus.calibration import calibration_tokens, mixture, openings, overlap, split, token_hash, windows
 from prunus.errors import UserError
 from prunus.evaluation import perplexity
 
@@ -91,6 +91,18 @@ def test_the_hash_tells_shapes_apart() -> None:
     assert token_hash(ids.view(3, 4)) == token_hash(ids.view(3, 4).to(torch.int32))
     raw = ids.numpy().astype("<i8").tobytes()
     assert token_hash(ids.view(3, 4)) == hashlib.sha256(raw + b"(3, 4)").hexdigest()
+
+
+def test_openings_are_drawn_from_the_windows_unless_they_all_begin_alike() -> None:
+    ids = torch.tensor([[5, 7, 7, 9], [6, 7, 7, 7]])
+    drawn = openings(ids, 640, seed=3, bos=1)
+    assert drawn is not None and drawn.shape == (640, 1)
+    assert int((drawn == 1).sum()) == 40 and set(drawn.flatten().tolist()) == {1, 5, 6, 7, 9}
+    assert int((drawn == 7).sum()) > 300  # as often as in the text
+    assert torch.equal(drawn, openings(ids, 640, seed=3, bos=1))
+    assert not torch.equal(drawn, openings(ids, 640, seed=4, bos=1))
+    assert openings(torch.tensor([[1, 5, 6], [1, 7, 8]]), 640) is None
+    assert openings(ids, 0) is None
 
 
 def test_jsonl_takes_the_column_and_shuffles_documents(tmp_path: Path, tokenizer: Any) -> None:

@@ -15,6 +15,7 @@ from prunus.reform import (
     greedy_order,
     refit,
     reformed_error,
+    ridge,
     unreformed_error,
 )
 
@@ -110,3 +111,28 @@ def test_refit_finds_the_plain_regression_and_the_ridge_keeps_the_prior(problem:
 def test_an_indefinite_matrix_names_the_cure() -> None:
     with pytest.raises(ValueError, match="more calibration tokens"):
         factor(-torch.eye(3))
+
+
+def test_a_massive_input_does_not_drown_the_ridge_of_the_others() -> None:
+    """Massive activations: one input's second moment is 10^5 times the others', as in a sink-forming MLP."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4000, 30, generator=generator, dtype=torch.float64)
+    x[:, 29] = 0.9 * x[:, 0] + 0.1 * x[:, 29]  # an input that input 0 can stand in for
+    plain = x.T @ x / len(x)
+    x[:4, 5] = 1e4
+    massive = x.T @ x / len(x)
+    usual = ridge(plain, 0.1)
+    assert torch.allclose(usual, 0.1 * plain.diagonal(), rtol=0.3)
+    others = torch.arange(30) != 5
+    assert float(ridge(massive, 0.1)[others].max()) < 2.5 * float(usual.max())
+    assert float(ridge(massive, 0.1)[5]) == pytest.approx(0.003 * float(massive[5, 5]), rel=1e-6)
+    weight, kept = torch.zeros(1, 30, dtype=torch.float64), torch.arange(29)
+    weight[0, 29] = 1.0
+    assert float(closed_form(weight, massive, kept, 0.1)[0, 0]) > 0.7  # taken over by its stand-in, as without massive
+    assert float(closed_form(weight, plain, kept, 0.1)[0, 0]) > 0.7
+
+
+def test_dead_inputs_need_no_ridge_to_be_solvable() -> None:
+    gram = torch.zeros(40, 40)
+    gram[0, 0] = 4.0  # ReLU: 39 of 40 neurons never fire
+    assert bool(torch.isfinite(closed_form(torch.ones(3, 40), gram, torch.arange(1, 40), 0.003)).all())

@@ -56,6 +56,24 @@ def test_the_last_hidden_states_come_closer(name: str, drift: float, readers: fl
     assert float((mended - dense).square().mean()) < 0.9 * float((plain - dense).square().mean())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_openings_are_fitted_too(name: str) -> None:
+    """First tokens that no window begins with come out nearer to the dense model's if the pass has seen them."""
+    model, ids = tiny(name), tokens(12, 17)
+    first = torch.arange(3, 60)[:, None]
+    stream = LayerStream(model, family_of(model.config))
+    sub, settings = narrow(model.config), SequentialSettings(damping=1e-2, reader_damping=0.1, micro=5)
+
+    def distance(openings: torch.Tensor | None) -> float:
+        (weights,) = refit_all(stream, ids, [(sub, {})], settings, openings=openings)
+        with torch.no_grad():
+            dense = stream.run_from(0, stream.embed(first))
+            with activate(model, stream.family, sub, weights):
+                return float((stream.run_from(0, stream.embed(first)) - dense).square().mean())
+
+    assert distance(first) < 0.9 * distance(None)
+
+
 def test_candidates_travel_together_as_they_would_alone() -> None:
     model, ids = tiny("llama"), tokens(8, 17)
     stream = LayerStream(model, family_of(model.config))
