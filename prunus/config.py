@@ -116,6 +116,9 @@ class ReformConfig(_Section):
         step="score",
         low=0,
     )
+    openings: int = setting(
+        1024, "single tokens that are fitted as first ones of a text, where attention sinks form", step="score", low=0
+    )
     block: int = setting(16, "neurons that the greedy order removes at a time", step="score", low=1)
     sensitivity: int = setting(
         1, "levels of each sub-layer whose divergence is measured; 0: trust the curvature", step="reform", low=0
@@ -138,9 +141,6 @@ class ReformConfig(_Section):
         "ridge of that pass for the matrices that read the residual stream; `none` leaves them",
         step="extract",
         low=0.0,
-    )
-    openings: int = setting(
-        1024, "single tokens that the pass fits as first ones, where attention sinks form", step="extract", low=0
     )
     drift: float = setting(
         1.0, "share of the residual stream's drift that the pass is asked to undo", step="extract", low=0.0, high=2.0

@@ -11,9 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunus import checkpoint, sequential
-from prunus.calibration import openings
 from prunus.slicing import Override, extract
-from prunus.steps import MICRO, Prepared, Session
+from prunus.steps import MICRO, Prepared, Session, openings
 from prunus.subnetwork import SubNetwork
 
 JUDGED = 2  # held-out windows that decide whether a layer keeps its refitted weights
@@ -49,7 +48,7 @@ def _refit_missing(
     settings = sequential.SequentialSettings(
         drift=r.drift, damping=r.sequential_damping, reader_damping=r.readers, micro=MICRO
     )
-    first = openings(ids, r.openings, seed=s.config.seed, bos=s.tokenizer.bos_token_id)
+    first = openings(s, ids)
     ids = ids[: r.sequential_samples]
     n = len(s.stream)
     with s.progress("sequential pass", n * len(chosen) * ids.numel()) as advance:

@@ -65,12 +65,17 @@ def collect(
     ids: Tensor,
     use: Callable[[int, Grams], None],
     *,
+    openings: Tensor | None = None,
     micro: int = 4,
     advance: Advance | None = None,
 ) -> None:
-    """Pass the calibration windows (n, length) through the dense model and hand every layer's Grams to `use`."""
+    """Pass the calibration windows (n, length) through the dense model and hand every layer's Grams to `use`.
+
+    openings (m, 1): tokens that a text may begin with (`calibration.openings`), which count as further tokens.
+    """
     family = stream.family
-    batches = list(torch.split(ids, micro))
+    batches = [*torch.split(ids, micro), *([] if openings is None else [openings])]
+    tokens = sum(batch.numel() for batch in batches)
     carried = [stream.embed(batch) for batch in batches]
     paths = (family.attention_writer, family.mlp_writer)
     for i in range(len(stream)):
@@ -89,8 +94,8 @@ def collect(
             if advance:
                 advance(batch.numel())
         for gram, mean in zip(grams, means, strict=True):
-            gram /= ids.numel()
-            mean /= ids.numel()
+            gram /= tokens
+            mean /= tokens
             gram -= torch.outer(mean, mean)
         use(i, Grams(*grams, *means))
 

@@ -136,21 +136,30 @@ def score(s: Session, ids: Tensor) -> dict[str, Tensor]:
     return s.run.do("score", "importance.safetensors", orders)
 
 
+def openings(s: Session, ids: Tensor) -> Tensor | None:
+    """Tokens that a text may begin with, (n, 1), besides those that the calibration windows begin with."""
+    return calibration.openings(ids, s.config.reform.openings, seed=s.config.seed, bos=s.tokenizer.bos_token_id)
+
+
 def _collect_grams(s: Session, ids: Tensor) -> Path:
     """Gram matrices of all writers, one file per layer, in a directory that becomes the artefact."""
-    d, n = dims(s.model.config), len(s.stream)
+    d, n, first = dims(s.model.config), len(s.stream), openings(s, ids)
     size = 4 * n * ((d["kv_heads"] * d["q_per_kv"] * d["head_dim"]) ** 2 + d["mlp"] ** 2)
     s.run.require_space(size, "the Gram matrices of all layers")
     folder = s.run.directory / ".prunus" / "grams"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with s.progress("second moments of the calibration tokens", n * ids.numel()) as advance:
+    tokens = ids.numel() + (0 if first is None else first.numel())
+    with s.progress("second moments of the calibration tokens", n * tokens) as advance:
 
         def layer_done(tokens: int) -> None:
             advance(tokens)
             s.run.count_tokens(tokens // n)
 
-        moments.collect(s.stream, ids, lambda i, g: levels.save_grams(g, folder, i), micro=MICRO, advance=layer_done)
+        def use(i: int, grams: moments.Grams) -> None:
+            levels.save_grams(grams, folder, i)
+
+        moments.collect(s.stream, ids, use, openings=first, micro=MICRO, advance=layer_done)
     return folder
 
 

@@ -46,6 +46,26 @@ def test_grams_are_second_moments_of_the_writers_inputs(name: str) -> None:
             assert torch.allclose(gram, x.T @ x / len(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_openings_are_further_sequences_of_one_token(name: str) -> None:
+    model, ids, first = tiny(name), tokens(4, 5), torch.arange(20, 30)[:, None]
+    stream = LayerStream(model, family_of(model.config))
+    both: dict[int, Grams] = {}
+    alone: dict[int, Grams] = {}
+    collect(stream, ids, both.__setitem__, openings=first)
+    collect(stream, ids, alone.__setitem__)
+    single: dict[int, Grams] = {}
+    collect(stream, first, single.__setitem__)
+    for which in ("attention", "mlp"):
+
+        def moment(grams: Grams, which: str = which) -> torch.Tensor:
+            mean = getattr(grams, f"{which}_mean")
+            return getattr(grams, which) + torch.outer(mean, mean)
+
+        expected = (20 * moment(alone[2]) + 10 * moment(single[2])) / 30
+        assert torch.allclose(moment(both[2]), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "phi", "gpt2", "opt", "gemma3"])
 def test_fisher_predicts_the_change_of_the_loss(name: str) -> None:
     """KL(p || p') of a small error at one writer's output is half its Fisher norm."""
