@@ -154,13 +154,11 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------ flags
 
 
-def flags(
-    *keys: str, names: Mapping[str, str] | None = None, common: Sequence[str] = COMMON
-) -> Callable[[click.Command], click.Command]:
+def flags(*keys: str, names: Mapping[str, str] | None = None) -> Callable[[click.Command], click.Command]:
     """Adds the flags of some settings, and those that every command has, to a command."""
 
     def add(command: click.Command) -> click.Command:
-        for key in dict.fromkeys((*keys, *common)):
+        for key in dict.fromkeys((*keys, *COMMON)):
             command.params.append(Flag(settings()[key], (names or {}).get(key)))
         command.params += [
             click.Option(["--config"], metavar="FILE", help="YAML file of settings; flags win over it"),
@@ -284,7 +282,7 @@ def check(model: str, **parameters: Any) -> None:
     terminal.result(inspect_model(config), parameters["json"])
 
 
-@flags("revision", "trust_remote_code", common=())
+@flags("revision", "trust_remote_code")
 @app.command(cls=Verb)
 @click.argument("checkpoint")
 @click.option("--format", "form", type=click.Choice(["gguf"]), required=True, help="gguf: for llama.cpp, unmodified")
@@ -312,6 +310,8 @@ def export(checkpoint: str, form: str, out: str | None, **parameters: Any) -> No
         out=out,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
+        dtype=config.dtype,
+        device=config.device,
         progress=terminal.progress(),
         **{name: parameters[name] for name in ("quant", "overwrite", "tokenizer", "pre_tokenizer")},
     )

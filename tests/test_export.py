@@ -17,11 +17,12 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from click.testing import CliRunner
 from tiny import CONFIGS, ragged
 from transformers import AutoModelForCausalLM
 from words import N_TOKENS, TEMPLATE, bytes_bpe, sentencepiece_bpe
 
-from prunus import architectures, gguf_tensors, llamacpp
+from prunus import architectures, cli, gguf_tensors, llamacpp
 from prunus import export as module
 from prunus.architectures import CARRIERS, GEMMA2
 from prunus.checkpoint import save
@@ -438,6 +439,30 @@ def _asked(port: int, path: str, body: dict[str, Any] | None, server: Any, log: 
             if isinstance(error, urllib.error.HTTPError) or time.monotonic() > end:
                 raise
             time.sleep(0.2)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_writes_the_file_and_says_what_it_is(tmp_path: Path) -> None:
+    where = checkpoint(tiny("llama"), tmp_path)
+    command = ["export", where, "--format", "gguf", "--quant", "q8_0", "--out", str(tmp_path / "a.gguf")]
+    done = CliRunner().invoke(cli.app, [*command, "--json", str(tmp_path / "a.json")], prog_name="prunus")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["file"] == str(tmp_path / "a.gguf") and (tmp_path / "a.gguf").is_file()
+    assert "architecture" in done.stdout and "stay in f16" in done.stderr  # rows of 48 and 80
+    again = CliRunner().invoke(cli.app, command, prog_name="prunus")
+    assert again.exit_code == 2
+    assert again.stderr.startswith("error: ") and "--overwrite" in again.stderr
+    assert CliRunner().invoke(cli.app, [*command, "--overwrite"], prog_name="prunus").exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [["--format", "onnx"], ["--format", "gguf", "--quant", "q2_k"], []])
+def test_what_the_command_does_not_know(arguments: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["export", str(tmp_path), *arguments], prog_name="prunus")
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
 
 
 def test_the_figures_are_finite(tmp_path: Path) -> None:
