@@ -195,14 +195,14 @@ def _tried(
     round_weights(planned)
     reference = _log_probabilities(loaded.model, tokens)
     try:
-        answer = llamacpp.ask(path, tokens, TEXT)
+        answer = llamacpp.ask(path, tokens, TEXT, torch.get_num_threads())
     except llamacpp.LlamaCppError as error:
         raise UserError(
             f"llama.cpp (llama-cpp-python {known}) cannot load the file that was written, so it was deleted: {error}. "
             "Try a newer llama-cpp-python"
         ) from error
     notes = _compare_tokens(answer.tokens, ids, strict)
-    given = torch.from_numpy(answer.logits).log_softmax(-1)
+    given = torch.from_numpy(answer.logits).double().log_softmax(-1)
     arithmetic, divergence = _divergence(reference, given), _divergence(exact, given)
     allowed = TOLERANCE[quant] if loaded.model.dtype == torch.float32 else max(TOLERANCE.values())
     if not arithmetic <= allowed:  # NaN too
@@ -236,10 +236,10 @@ def _compare_tokens(found: list[int], wanted: list[int], strict: bool) -> list[s
 
 @torch.inference_mode()
 def _log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
-    """(tokens, vocab), float32."""
+    """(tokens, vocab), float64."""
     ids = torch.tensor([tokens], device=model.device)
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    return logits.float().cpu().log_softmax(-1)
+    return logits.cpu().double().log_softmax(-1)
 
 
 def _divergence(reference: torch.Tensor, given: torch.Tensor) -> float:

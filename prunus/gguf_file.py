@@ -76,16 +76,24 @@ def _rope(writer: Any, config: Any, one: Architecture, shapes: Shapes) -> None:
         writer.add_rope_freq_base_swa(float(local["rope_theta"]))
 
 
+_PERIODS = {"gemma2": 2, "gemma3": 6}  # of so many layers the last sees all tokens, unless the file says otherwise
+
+
 def _windows(writer: Any, config: Any, one: Architecture) -> None:
     if not one.windows:
         return
     seen = [kind == "sliding_attention" for kind in config.layer_types]
-    if any(seen):
-        writer.add_sliding_window(int(config.sliding_window))
+    size = config.sliding_window
+    if not any(seen):
+        if one.name != "gemma2":
+            return
+        size, seen = (
+            config.max_position_embeddings,
+            [True] * len(seen),
+        )  # its graph wants a window: one that hides nothing
+    writer.add_sliding_window(int(size))
+    if seen != [(i + 1) % _PERIODS[one.name] != 0 for i in range(len(seen))]:  # older releases know no other pattern
         writer.add_sliding_window_pattern(seen)
-    elif one.name == "gemma2":  # its graph wants a window: one as long as the context hides nothing
-        writer.add_sliding_window(int(config.max_position_embeddings))
-        writer.add_sliding_window_pattern([True] * len(seen))
 
 
 def window(config: Any, one: Architecture) -> int | None:

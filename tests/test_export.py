@@ -18,22 +18,19 @@ import gguf
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import CONFIGS, ragged
+from tiny import ragged
 from transformers import AutoModelForCausalLM
-from words import N_TOKENS, TEMPLATE, bytes_bpe, sentencepiece_bpe
+from words import RUNTIME, TEMPLATE, bytes_bpe, checkpoint, cut, fields, sentencepiece_bpe, tiny
 
 from prunus import architectures, cli, gguf_tensors, llamacpp
 from prunus import export as module
 from prunus.architectures import CARRIERS, GEMMA2
-from prunus.checkpoint import save
 from prunus.errors import UserError
 from prunus.export import export
-from prunus.families import dims, family_of
+from prunus.families import dims
 from prunus.gguf_tensors import BLOCK, QUANTS, llama3_factors, neighbours, rounded
-from prunus.slicing import extract
 from prunus.subnetwork import LayerShape, SubNetwork
 
-RUNTIME = pytest.mark.skipif(not llamacpp.installed(), reason="needs llama-cpp-python (the extra llama-cpp)")
 SERVER = pytest.mark.skipif(
     not all(find_spec(name) for name in ("llama_cpp", "fastapi", "uvicorn", "sse_starlette", "starlette_context")),
     reason="needs llama-cpp-python's server (the extra llama-cpp)",
@@ -53,30 +50,6 @@ LLAMA3 = {**ROPE, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, 
 MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 
 
-def tiny(name: str, **changes: Any) -> Any:
-    """A tiny random model as in `tiny.py`, with rows for the tokens of `words.py` and room for the text."""
-    raw = CONFIGS[name]().to_dict() | {"vocab_size": N_TOKENS, "max_position_embeddings": 256}
-    raw |= {"n_positions": 256} if name == "gpt2" else {}
-    raw |= {"qk_layernorm": False} if name == "phi" else {}
-    config = type(CONFIGS[name]())(**(raw | changes))
-    torch.manual_seed(0)
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        noise = torch.randn_like(parameter)
-        parameter.data = parameter.data + 0.3 * noise if parameter.ndim == 1 else 0.15 * noise
-    return model
-
-
-def cut(model: Any, sub: SubNetwork) -> Any:
-    return extract(model, family_of(model.config), sub)
-
-
-def checkpoint(model: Any, directory: Path, tokenizer: Any = None) -> str:
-    save(model, tokenizer or bytes_bpe(), directory / "model", card="a card", manifest={})
-    return str(directory / "model")
-
-
 def exported(model: Any, directory: Path, quant: str = "f32", **options: Any) -> dict[str, Any]:
     found = export(checkpoint(model, directory, options.pop("words", None)), quant=quant, **options)
     assert Path(found["file"]).stat().st_size == found["file_bytes"]
@@ -84,10 +57,6 @@ def exported(model: Any, directory: Path, quant: str = "f32", **options: Any) ->
     if llamacpp.installed():
         assert found["arithmetic_nats"] < {"f32": 1e-6, "f16": 1e-5}.get(quant, 1e-2)
     return found
-
-
-def fields(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: field.contents() for name, field in gguf.GGUFReader(found["file"]).fields.items()}
 
 
 # ------------------------------------------------------------------------------------------------ the same function
@@ -463,6 +432,31 @@ def test_what_the_command_does_not_know(arguments: list[str], tmp_path: Path) ->
     done = CliRunner().invoke(cli.app, ["export", str(tmp_path), *arguments], prog_name="prunus")
     assert done.exit_code == 2
     assert "Traceback" not in done.output
+
+
+@RUNTIME
+def test_the_benchmark_measures_what_evaluate_does(tmp_path: Path) -> None:
+    model = tiny("llama")
+    dense = checkpoint(model, tmp_path / "dense")
+    small = checkpoint(cut(model, ragged(model.config)), tmp_path / "small")
+    text = tmp_path / "text.txt"
+    text.write_text("the rain in the west is not what the others said it was\n" * 40)
+    script = Path(__file__).parents[1] / "benchmarks" / "quantise.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path / "files"), "--text", str(text), "--length", "64"]
+    command += ["--chunks", "3", "--prompt", "64", "--generate", "8", "--rounds", "2", "--quants", "f16", "q8_0"]
+    command += ["--results", str(tmp_path / "q.json"), "--picture", str(tmp_path / "q"), f"dense={dense}", f"a={small}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "q.json").read_text())
+    assert [(row["network"], row["quant"]) for row in results["rows"]] == [
+        ("dense", "f16"), ("dense", "q8_0"), ("a", "f16"), ("a", "q8_0")
+    ]  # fmt: skip
+    for row in results["rows"]:
+        assert abs(row["to_torch"]) < (1e-3 if row["quant"] == "f16" else 2e-2)
+        assert row["pp"] > 0 and row["tg"] > 0
+    assert results["rows"][0]["pp_ratio"] == results["rows"][0]["tg_ratio"] == 1
+    assert str(tmp_path) not in results["command"]
+    assert (tmp_path / "q.png").is_file()
 
 
 def test_the_figures_are_finite(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import gguf
 import pytest
-from test_export import RUNTIME, checkpoint, fields, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from words import N_TOKENS, SPECIAL, bytes_bpe, sentencepiece_bpe, split
+from words import N_TOKENS, RUNTIME, SPECIAL, bytes_bpe, checkpoint, fields, sentencepiece_bpe, split, tiny
 
 from prunus.errors import UserError
 from prunus.export import TEXT, export
@@ -108,6 +107,13 @@ def test_other_tokens_are_refused_unless_named_by_hand(tmp_path: Path) -> None:
     (Path(where) / "prunus.json").unlink()
     with pytest.raises(UserError, match="tokens of a text differ"):
         export(where, out=tmp_path / "odd.gguf")
+
+
+@RUNTIME
+def test_a_name_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot load the file .*unknown pre-tokenizer type: 'nonsense'"):
+        export(checkpoint(tiny("llama"), tmp_path), pre_tokenizer="nonsense")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 @RUNTIME

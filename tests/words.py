@@ -1,12 +1,24 @@
-"""Tiny tokenizers of the two kinds that llama.cpp knows, for tiny models with `N_TOKENS` rows."""
+"""Tiny models with tokenizers of the two kinds that llama.cpp knows, saved as checkpoints, and what is read of GGUF."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import gguf
+import pytest
+import torch
+from tiny import CONFIGS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from prunus import llamacpp
+from prunus.checkpoint import save
+from prunus.families import family_of
+from prunus.slicing import extract
+from prunus.subnetwork import SubNetwork
+
+RUNTIME = pytest.mark.skipif(not llamacpp.installed(), reason="needs llama-cpp-python (the extra llama-cpp)")
 N_TOKENS = 320
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
@@ -59,3 +71,31 @@ def sentencepiece_bpe(prefix: bool = True) -> Any:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), space]) if prefix else space
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return _fast(tokenizer)
+
+
+def tiny(name: str, **changes: Any) -> Any:
+    """A tiny random model as in `tiny.py`, with rows for the tokens of `words.py` and room for the text."""
+    raw = CONFIGS[name]().to_dict() | {"vocab_size": N_TOKENS, "max_position_embeddings": 256}
+    raw |= {"n_positions": 256} if name == "gpt2" else {}
+    raw |= {"qk_layernorm": False} if name == "phi" else {}
+    config = type(CONFIGS[name]())(**(raw | changes))
+    torch.manual_seed(0)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data = parameter.data + 0.3 * noise if parameter.ndim == 1 else 0.15 * noise
+    return model
+
+
+def cut(model: Any, sub: SubNetwork) -> Any:
+    return extract(model, family_of(model.config), sub)
+
+
+def checkpoint(model: Any, directory: Path, tokenizer: Any = None) -> str:
+    save(model, tokenizer or bytes_bpe(), directory / "model", card="a card", manifest={})
+    return str(directory / "model")
+
+
+def fields(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(found["file"]).fields.items()}
