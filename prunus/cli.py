@@ -282,6 +282,44 @@ def check(model: str, **parameters: Any) -> None:
     terminal.result(inspect_model(config), parameters["json"])
 
 
+@flags("revision", "trust_remote_code")
+@app.command(cls=Verb)
+@click.argument("checkpoint")
+@click.option("--format", "form", type=click.Choice(["gguf"]), required=True, help="gguf: for llama.cpp, unmodified")
+@click.option(
+    "--quant", type=click.Choice(["f32", "f16", "q8_0", "q4_0"]), default="f16", show_default=True,
+    help="type of the matrices in the file",
+)  # fmt: skip
+@click.option("--out", metavar="FILE", help="the file; by default beside the checkpoint, NAME-QUANT.gguf")
+@click.option("--overwrite", is_flag=True, help="replace the file if it exists")
+@click.option("--tokenizer", metavar="FILE.gguf", help="take the tokenizer from this file, as it stands there")
+@click.option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name for how words are split, if it is not known")
+def export(checkpoint: str, form: str, out: str | None, **parameters: Any) -> None:
+    """CHECKPOINT as a file for another program, loaded there and compared with PyTorch before it is handed over.
+
+    CHECKPOINT is a directory that Prunus wrote, or any model that `compress` takes.
+    """
+    config = resolve(parameters["config"], {**given(parameters), "model": checkpoint})
+    terminal = Terminal(parameters["quiet"])
+    from prunus.export import export
+
+    calm_libraries()
+    found = export(
+        checkpoint,
+        format=form,
+        out=out,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=config.dtype,
+        device=config.device,
+        progress=terminal.progress(),
+        **{name: parameters[name] for name in ("quant", "overwrite", "tokenizer", "pre_tokenizer")},
+    )
+    terminal.result(found, parameters["json"])
+    for sentence in found["notes"]:
+        terminal.note(sentence)
+
+
 def _step(name: str, sentence: str) -> click.Command:
     """The sub-command of one step of an existing run."""
     own = (FIRST.get(name, name), name)

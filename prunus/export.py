@@ -1,0 +1,248 @@
+"""Floor 5: a checkpoint as another program's file, verified before it is handed over: `export()` writes GGUF."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunus import llamacpp
+from prunus.architectures import Architecture, Shapes, carrier, shapes_of
+from prunus.artefact import flush, place, writing
+from prunus.checkpoint import MANIFEST, verify
+from prunus.errors import UserError
+from prunus.gguf_file import check, context_length, describe, window, write
+from prunus.gguf_tensors import QUANTS, Planned, n_bytes, plan, round_weights
+from prunus.gguf_vocabulary import copy_vocabulary, vocabulary, write_vocabulary
+from prunus.loading import Loaded, load
+from prunus.progress import Progress, silent
+
+FORMATS = ("gguf",)
+# Divergence that arithmetic alone may cause between llama.cpp and PyTorch with the same (rounded) weights, in nats per
+# token: llama.cpp takes the activations as f16 or 8-bit blocks where the weights are. Measured on SmolLM2-135M, dense
+# and compressed: up to 2e-6 in f16 and .015 in blocks; a wrong RoPE or norm on tiny random models: .5 and more.
+TOLERANCE = {"f32": 5e-3, "f16": 1e-2, "q8_0": 0.05, "q4_0": 0.05}
+TEXT = (
+    "In 1987 the town's 3,204 people didn't yet know: \"Café Müller\" would close on 12 May.\n\n"
+    "They'd   waited; however, it wasn't until 2005 (18 years later!) that the river rose above 4.75 m.\n"
+    "\tdef area(r): return 3.14159 * r ** 2  # naïve — 日本語 и русский 🙂\n"
+)
+N_TOKENS = 128  # of the text that logits are compared on
+
+
+def export(
+    checkpoint: str,
+    *,
+    format: str = "gguf",
+    quant: str = "f16",
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    tokenizer: str | None = None,
+    pre_tokenizer: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Write a checkpoint as one GGUF file for unmodified llama.cpp, and return what was written and how it was tried.
+
+    checkpoint: a directory that Prunus wrote, or whatever `prunus.loading.load` takes. quant: f32, f16, q8_0 or q4_0.
+    tokenizer: a GGUF file to take the tokenizer from, as it stands there. pre_tokenizer: llama.cpp's name for a way of
+    splitting words that is not known here. dtype, device: of PyTorch's weights; auto is float32, and any other widens
+    what the comparison allows. The file stands beside its place until it has been read back, loaded in llama.cpp (where
+    llama-cpp-python is installed) and compared with PyTorch; it is deleted if that fails.
+    Raises UserError for everything that the user can mend, before the weights are read where it can be known.
+    """
+    target = _target(checkpoint, format, quant, out, overwrite)
+    if (Path(checkpoint) / MANIFEST).is_file():
+        verify(checkpoint)
+    loaded = load(
+        checkpoint,
+        revision=revision,
+        dtype="float32" if dtype == "auto" else dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        compress=False,
+    )
+    loaded.model.set_attn_implementation("eager")  # the one that knows all that a family asks for, Gemma 2's caps too
+    return _written(loaded, target, quant, tokenizer, pre_tokenizer, progress)
+
+
+def _written(
+    loaded: Loaded, target: Path, quant: str, tokenizer: str | None, pre_tokenizer: str | None, progress: Progress
+) -> dict[str, Any]:
+    """Write the file under another name, try it, give it its name; what was written and how it was tried."""
+    model = loaded.model
+    one, shapes, planned = planning(model, quant)
+    _refuse_full(target, planned)
+    words = None if tokenizer else vocabulary(loaded.tokenizer, int(model.config.vocab_size), pre_tokenizer)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+
+    def fill(writer: Any) -> None:
+        describe(writer, model.config, one, shapes)
+        if words is not None:
+            write_vocabulary(writer, words)
+        else:
+            copy_vocabulary(writer, Path(str(tokenizer)), int(model.config.vocab_size))
+
+    with writing(target, partial):
+        with progress("writing", len(planned)) as advance:
+            write(partial, target.stem, one, planned, quant, fill, advance)
+        check(partial, planned)
+        with progress("verification"):
+            found = _tried(partial, loaded, one, planned, quant, strict=not (tokenizer or pre_tokenizer))
+        flush(partial)
+        place(partial, target)
+    notes = [*_notes(model.config, one, planned, quant), *found.pop("notes")]
+    return {
+        "file": str(target),
+        "architecture": one.name,
+        "quant": quant,
+        "file_bytes": target.stat().st_size,
+        "tensors": len(planned),
+        **found,
+        "notes": notes,
+    }
+
+
+def planning(model: Any, quant: str) -> tuple[Architecture, Shapes, list[Planned]]:
+    """The architecture that holds a model, its sizes, and every tensor of the file; UserError where there is none."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    one, shapes = carrier(model.config, tied), shapes_of(model.config)
+    return one, shapes, plan(model, one, shapes, quant)
+
+
+# --------------------------------------------------------------------------------------------------------- beforehand
+
+
+def _target(checkpoint: str, format: str, quant: str, out: str | Path | None, overwrite: bool) -> Path:
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
+    if quant not in QUANTS:
+        raise UserError(f"unknown quantisation {quant!r}; known: {', '.join(QUANTS)}")
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("writing a GGUF file needs the package gguf; install it with pip install 'prunus[gguf]'")
+    if out is None:
+        source = Path(checkpoint).expanduser()
+        beside = source.resolve().parent if source.is_dir() else Path.cwd()
+        out = beside / f"{source.resolve().name if source.is_dir() else source.stem}-{quant}.gguf"
+    target = Path(out).expanduser().absolute()
+    if target.is_dir():
+        raise UserError(f"{str(out)!r} is a directory; --out takes the name of a file")
+    if target.exists() and not overwrite:
+        raise UserError(f"{str(out)!r} exists; give --overwrite to replace it, or another --out")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _refuse_full(target: Path, planned: list[Planned]) -> None:
+    need, free = sum(map(n_bytes, planned)) + 2**24, shutil.disk_usage(target.parent).free
+    if need > free:
+        raise UserError(
+            f"cannot write {str(target)!r}: it needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+            "make room or choose another place"
+        )
+
+
+def _notes(config: Any, one: Architecture, planned: list[Planned], quant: str) -> list[str]:
+    """What a user should know that is not in the figures."""
+    notes = []
+    wider = [t for t in planned if t.kind == "f16" and quant in ("q8_0", "q4_0")]
+    if wider:
+        notes.append(
+            f"{len(wider)} matrices stay in f16, since their rows are no multiple of 32 numbers long "
+            f"({wider[0].name}: {wider[0].shape[-1]}); search with widths in steps of 32 to quantise them too"
+        )
+    if quant == "q4_0" and any(t.kind == "q8_0" for t in planned):
+        notes.append("the embedding and the output matrix are q8_0, as four bits cost the most there")
+    if (size := window(config, one)) is not None and size < int(config.max_position_embeddings):
+        notes.append(
+            f"architecture {one.name} has no sliding window, so the context ends at {context_length(config, one)} "
+            "tokens, up to which the model has none either"
+        )
+    return notes
+
+
+# -------------------------------------------------------------------------------------------------------- afterwards
+
+
+def _tried(
+    path: Path, loaded: Loaded, one: Architecture, planned: list[Planned], quant: str, strict: bool
+) -> dict[str, Any]:
+    """What llama.cpp makes of the file, against PyTorch; the model's weights are rounded as in the file (**in place**).
+
+    strict: the file's tokenizer must give the checkpoint's tokens.
+    """
+    known = llamacpp.installed()
+    if known is None:
+        return {
+            "verified": "read back: every tensor has its name, shape and type",
+            "notes": [
+                "not loaded in llama.cpp, since llama-cpp-python is not installed here "
+                "(pip install 'prunus[llama-cpp]' compiles it)"
+            ],
+        }
+    ids = list(loaded.tokenizer(TEXT, add_special_tokens=False)["input_ids"])
+    tokens = ids[: min(N_TOKENS, context_length(loaded.model.config, one))]
+    exact = _log_probabilities(loaded.model, tokens)
+    round_weights(planned)
+    reference = _log_probabilities(loaded.model, tokens)
+    try:
+        answer = llamacpp.ask(path, tokens, TEXT, torch.get_num_threads())
+    except llamacpp.LlamaCppError as error:
+        raise UserError(
+            f"llama.cpp (llama-cpp-python {known}) cannot load the file that was written, so it was deleted: {error}. "
+            "Try a newer llama-cpp-python"
+        ) from error
+    notes = _compare_tokens(answer.tokens, ids, strict)
+    given = torch.from_numpy(answer.logits).double().log_softmax(-1)
+    arithmetic, divergence = _divergence(reference, given), _divergence(exact, given)
+    allowed = TOLERANCE[quant] if loaded.model.dtype == torch.float32 else max(TOLERANCE.values())
+    if not arithmetic <= allowed:  # NaN too
+        raise UserError(
+            f"llama.cpp (llama-cpp-python {known}) computes something else than PyTorch with the same weights: "
+            f"{arithmetic:.3g} nats per token apart, {allowed:g} allowed. The file was deleted; please report "
+            "the model and both versions"
+        )
+    return {
+        "verified": f"loaded and compared with PyTorch in llama-cpp-python {known}",
+        "tokens_compared": len(tokens),
+        "arithmetic_nats": arithmetic,
+        "divergence_nats": divergence,
+        "agreement": float((given.argmax(-1) == exact.argmax(-1)).float().mean()),
+        "notes": notes,
+    }
+
+
+def _compare_tokens(found: list[int], wanted: list[int], strict: bool) -> list[str]:
+    if found == wanted:
+        return []
+    at = next((i for i, pair in enumerate(zip(found, wanted, strict=False)) if pair[0] != pair[1]), -1)
+    apart = f"llama.cpp's tokens of a text differ from the checkpoint's tokenizer's (first at token {at})"
+    if not strict:
+        return [f"{apart}, as the tokenizer was named by hand"]
+    raise UserError(
+        f"the tokenizer cannot be carried over to GGUF: {apart}. Name another --pre-tokenizer, or take the tokenizer "
+        "from a GGUF file of the original model with --tokenizer"
+    )
+
+
+@torch.inference_mode()
+def _log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
+    """(tokens, vocab), float64."""
+    ids = torch.tensor([tokens], device=model.device)
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits.cpu().double().log_softmax(-1)
+
+
+def _divergence(reference: torch.Tensor, given: torch.Tensor) -> float:
+    """KL(reference || given) in nats per token; infinite where either is not finite."""
+    kl = (reference.exp() * (reference - given)).sum(-1).mean()
+    return max(0.0, float(np.nan_to_num(float(kl), nan=np.inf)))

@@ -1,0 +1,464 @@
+"""A checkpoint exported as GGUF is the same function in llama.cpp, or it is refused with a reason before it exists."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny import ragged
+from transformers import AutoModelForCausalLM
+from words import RUNTIME, TEMPLATE, bytes_bpe, checkpoint, cut, fields, sentencepiece_bpe, tiny
+
+from prunus import architectures, cli, gguf_tensors, llamacpp
+from prunus import export as module
+from prunus.architectures import CARRIERS, GEMMA2
+from prunus.errors import UserError
+from prunus.export import export
+from prunus.families import dims
+from prunus.gguf_tensors import BLOCK, QUANTS, llama3_factors, neighbours, rounded
+from prunus.subnetwork import LayerShape, SubNetwork
+
+SERVER = pytest.mark.skipif(
+    not all(find_spec(name) for name in ("llama_cpp", "fastapi", "uvicorn", "sse_starlette", "starlette_context")),
+    reason="needs llama-cpp-python's server (the extra llama-cpp)",
+)
+OWN = {
+    "llama": "llama", "llama-mqa-tied-bias": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+    "gemma2": "gemma2", "gemma3": "gemma3", "olmo2": "olmo2", "phi": "phi2", "phi3": "phi3", "gpt_neox": "gptneox",
+    "gpt2": "gpt2",
+}  # fmt: skip
+PER_LAYER = {
+    "llama": "deci", "llama-mqa-tied-bias": "deci", "mistral": "deci", "qwen2": "deci", "phi3": "deci",
+    "qwen3": "openelm",
+}  # fmt: skip
+FEWER_HEADS = {"llama": "llama", "qwen2": "llama", "qwen3": "qwen3", "phi3": "llama", "gemma2": "gemma2"}
+ROPE: dict[str, Any] = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LLAMA3 = {**ROPE, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
+
+def exported(model: Any, directory: Path, quant: str = "f32", **options: Any) -> dict[str, Any]:
+    found = export(checkpoint(model, directory, options.pop("words", None)), quant=quant, **options)
+    assert Path(found["file"]).stat().st_size == found["file_bytes"]
+    assert [p.name for p in directory.iterdir() if p.name.startswith(".")] == []
+    if llamacpp.installed():
+        assert found["arithmetic_nats"] < {"f32": 1e-6, "f16": 1e-5}.get(quant, 1e-2)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the same function
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_dense_model_is_written_as_its_own_architecture(name: str, tmp_path: Path) -> None:
+    found = exported(tiny(name), tmp_path)
+    assert found["architecture"] == OWN[name]
+    assert found["file"] == str(tmp_path / "model-f32.gguf")
+
+
+@pytest.mark.parametrize("name", FEWER_HEADS)
+def test_a_uniform_model_with_fewer_heads(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    d = dims(model.config)
+    small = cut(model, SubNetwork(d["hidden"], (LayerShape(2, d["q_per_kv"], 32),) * 4))
+    assert exported(small, tmp_path)["architecture"] == FEWER_HEADS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name not in FEWER_HEADS])
+def test_a_uniform_model_with_fewer_neurons_and_layers(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    d = dims(model.config)
+    layer = LayerShape(d["kv_heads"], d["q_per_kv"], 33)
+    small = cut(model, SubNetwork(d["hidden"], (layer, LayerShape(0, 0, 0), layer, layer)))
+    found = exported(small, tmp_path)
+    assert found["architecture"] == OWN[name]
+    assert fields(found)[f"{OWN[name]}.block_count"] == 3
+
+
+@pytest.mark.parametrize("name", PER_LAYER)
+def test_a_ragged_model_is_written_with_the_widths_of_each_layer(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    sub = ragged(model.config)  # an attention and an MLP are gone, and half the hidden size
+    found = exported(cut(model, sub), tmp_path)
+    assert found["architecture"] == PER_LAYER[name]
+    written = fields(found)
+    kv_heads = written[f"{PER_LAYER[name]}.attention.head_count_kv"]
+    assert kv_heads[:2] == [s.kv_heads for s in sub.layers[:2]]
+    assert kv_heads[2] == (0 if PER_LAYER[name] == "deci" else 1)  # openelm needs a head: one of zeros
+    assert written[f"{PER_LAYER[name]}.feed_forward_length"] == [*(s.mlp for s in sub.layers[:3]), gguf_tensors.STUB]
+
+
+@RUNTIME
+@pytest.mark.parametrize("quant", QUANTS)
+def test_every_type_of_matrix(quant: str, tmp_path: Path) -> None:
+    model = tiny("llama", hidden_size=64, intermediate_size=96, num_attention_heads=8)
+    layers = tuple(LayerShape(4, 2, width) for width in (96, 40, 64, 32))
+    found = exported(cut(model, SubNetwork(64, layers)), tmp_path, quant)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(found["file"]).tensors}
+    assert kinds["blk.0.ffn_down.weight"] == QUANTS[quant]
+    assert kinds["blk.1.ffn_up.weight"] == QUANTS[quant]
+    blocks = quant in ("q8_0", "q4_0")
+    assert kinds["blk.1.ffn_down.weight"] == ("F16" if blocks else QUANTS[quant])  # rows of 40
+    assert kinds["token_embd.weight"] == ("Q8_0" if blocks else QUANTS[quant])
+    assert kinds["output_norm.weight"] == "F32"
+    assert any("stay in f16" in note for note in found["notes"]) == blocks
+    assert found["divergence_nats"] < {"f32": 1e-6, "f16": 1e-4, "q8_0": 1e-2, "q4_0": 0.5}[quant]
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2, another attention scale": ("gemma2", {"query_pre_attn_scalar": 24}),
+    "gemma3, another attention scale": ("gemma3", {"query_pre_attn_scalar": 24}),
+    "gemma2, windows in other layers": ("gemma2", {"sliding_window": 16, "layer_types": MIXED}),
+    "gemma3, windows in other layers": ("gemma3", {"sliding_window": 16, "layer_types": MIXED}),
+    "gemma2, no windows": ("gemma2", {"layer_types": ["full_attention"] * 4}),
+    "gemma3, capped logits": ("gemma3", {"final_logit_softcapping": 5.0}),
+    "llama, Llama 3.1's RoPE": ("llama", {"rope_parameters": LLAMA3}),
+    "qwen2, linear RoPE": ("qwen2", {"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 4.0}}),
+    "phi3, a part of each head turns": (
+        "phi3", {"rope_parameters": {**ROPE, "rope_type": "default", "partial_rotary_factor": 0.67}}
+    ),
+    "phi3, long RoPE": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                **ROPE, "rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [2.0, 3.0, 4.0]
+            },
+        },
+    ),
+    "gpt_neox, one after the other": ("gpt_neox", {"use_parallel_residual": False}),
+    "gpt_neox, no biases": ("gpt_neox", {"attention_bias": False}),
+    "olmo2, tied": ("olmo2", {"tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_configurations_may_say(variant: str, tmp_path: Path) -> None:
+    name, changes = VARIANTS[variant]
+    assert exported(tiny(name, **changes), tmp_path)["architecture"] == OWN[name]
+
+
+def test_ragged_with_llama_3_rope(tmp_path: Path) -> None:
+    model = tiny("llama", rope_parameters=LLAMA3)
+    assert exported(cut(model, ragged(model.config)), tmp_path)["architecture"] == "deci"
+
+
+def test_a_window_that_the_architecture_lacks_ends_the_context(tmp_path: Path) -> None:
+    found = exported(tiny("mistral", sliding_window=32), tmp_path)
+    assert fields(found)["llama.context_length"] == 32
+    assert any("sliding window" in note for note in found["notes"])
+
+
+def test_rows_whose_pairs_are_halves_become_neighbours() -> None:
+    rows = torch.arange(8)[:, None]  # two heads of four: pairs (0, 2) (1, 3), (4, 6) (5, 7)
+    assert neighbours(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_the_divisors_of_llama_3_agree_with_transformers() -> None:
+    model = tiny("llama", rope_parameters=LLAMA3, head_dim=32)
+    plain = 10000.0 ** (-torch.arange(0, 32, 2) / 32)
+    assert torch.allclose(plain / llama3_factors(LLAMA3, 32), model.model.rotary_emb.inv_freq, rtol=1e-5)
+
+
+def test_rounding_keeps_what_a_block_can_hold() -> None:
+    numbers = torch.randn(4, 2 * BLOCK, generator=torch.Generator().manual_seed(0))
+    scale = numbers.unflatten(1, (2, BLOCK)).abs().amax(-1).repeat_interleave(BLOCK, 1)
+    half = 2**-11  # of f16, which scales are kept in too
+    for kind, bound in (("f16", half), ("q8_0", 0.5 / 127 + half), ("q4_0", 1 / 8 + half)):
+        error = (rounded(numbers, kind) - numbers).abs() / scale
+        assert bound / 4 < float(error.max()) <= bound
+
+
+# ------------------------------------------------------------------------------------- what is wrong is not handed over
+
+
+@RUNTIME
+@pytest.mark.parametrize("broken", ["rope", "norms", "scale"])
+def test_another_function_is_deleted(broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("gemma3", query_pre_attn_scalar=24) if broken == "scale" else tiny("gemma2")
+    if broken == "rope":
+        model = tiny("llama")
+        monkeypatch.setattr(gguf_tensors, "neighbours", lambda rows, head_dim: rows)
+    elif broken == "norms":
+        carriers = {**CARRIERS, "gemma2": (replace(GEMMA2, norm_offset=0.0),)}
+        monkeypatch.setattr(architectures, "CARRIERS", carriers)
+    else:
+        monkeypatch.setattr(gguf_tensors, "query_scale", lambda *_: 1.0)
+    with pytest.raises(UserError, match="computes something else than PyTorch"):
+        exported(model, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@RUNTIME
+def test_a_file_that_ends_the_process_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_mlp(*_: Any) -> tuple[int, int, int]:
+        return 8, 4, 0
+
+    monkeypatch.setattr("prunus.gguf_file._widths", no_mlp)
+    with pytest.raises(UserError, match=r"cannot load the file .* deleted"):
+        exported(tiny("llama"), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_without_llama_cpp_the_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llamacpp, "installed", lambda: None)
+    found = export(checkpoint(tiny("qwen3"), tmp_path), quant="q8_0")
+    assert found["verified"].startswith("read back")
+    assert "llama-cpp-python" in found["notes"][-1]
+    assert "divergence_nats" not in found
+
+
+def test_a_tensor_that_is_not_as_meant_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = module.write
+
+    def less(path: Path, name: str, one: Any, planned: list[Any], *rest: Any) -> None:
+        whole(path, name, one, planned[:-1], *rest)
+
+    monkeypatch.setattr(module, "write", less)
+    with pytest.raises(UserError, match=r"blk\.3\.ffn_down\.weight"):
+        exported(tiny("llama"), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name not in PER_LAYER])
+def test_ragged_layers_are_refused_where_no_architecture_has_them(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    with pytest.raises(UserError, match=r"one width for all layers.*--uniform"):
+        exported(cut(model, ragged(model.config)), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no architecture": ("opt", {}, "no architecture for model_type 'opt'"),
+    "another activation": ("llama", {"hidden_act": "relu"}, "its MLP computes silu, not relu"),
+    "another RoPE": ("llama", {"rope_parameters": {**ROPE, "rope_type": "yarn", "factor": 4.0}}, "not yarn"),
+    "norms on queries": ("phi", {"qk_layernorm": True}, "qk_layernorm"),
+    "a bias too many": ("qwen3", {"attention_bias": True}, r"no place for '.*o_proj\.bias'"),
+    "no caps": ("gemma2", {"final_logit_softcapping": None}, "always caps its final"),
+    "caps": ("gemma3", {"attn_logit_softcapping": 30.0}, "no attn_logit_softcapping"),
+    "another attention scale": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "root of the head size"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_no_architecture_computes(case: str, tmp_path: Path) -> None:
+    name, changes, words = REFUSED[case]
+    with pytest.raises(UserError, match=words):
+        exported(tiny(name, **changes), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_untied_ragged_qwen3_is_refused(tmp_path: Path) -> None:
+    model = tiny("qwen3", tie_word_embeddings=False)
+    with pytest.raises(UserError, match="openelm: its output matrix is its embedding"):
+        exported(cut(model, ragged(model.config)), tmp_path)
+
+
+def test_heads_that_a_square_architecture_cannot_hold(tmp_path: Path) -> None:
+    model = tiny("olmo2")
+    with pytest.raises(UserError, match="heads x head size = hidden size, and here 24 is not 48"):
+        exported(cut(model, SubNetwork(48, (LayerShape(2, 2, 32),) * 4)), tmp_path)
+
+
+def test_numbers_beyond_float16(tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e5
+    with pytest.raises(UserError, match=r"blk\.1\.ffn_up\.weight.*--quant f32"):
+        exported(model, tmp_path, "f16")
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    where = checkpoint(tiny("llama"), tmp_path)
+    with pytest.raises(UserError, match=r"unknown quantisation 'q2_k'.*q8_0"):
+        export(where, quant="q2_k")
+    with pytest.raises(UserError, match="unknown format 'onnx'"):
+        export(where, format="onnx")
+    with pytest.raises(UserError, match="is a directory"):
+        export(where, out=tmp_path)
+    taken = tmp_path / "taken.gguf"
+    taken.write_text("precious")
+    with pytest.raises(UserError, match="--overwrite"):
+        export(where, out=taken)
+    assert taken.read_text() == "precious"
+    assert export(where, out=taken, overwrite=True, quant="f32")["file_bytes"] == taken.stat().st_size > 8
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    where = checkpoint(tiny("llama"), tmp_path)
+    weights = Path(where) / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"model\.safetensors.* is not the file that was written"):
+        export(where)
+    (Path(where) / "prunus.json").unlink()
+    weights.write_bytes(damaged[: len(damaged) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        export(where)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_stood_there_survives_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "model-f32.gguf"
+    old.write_text("old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "write", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        exported(tiny("llama"), tmp_path, overwrite=True)
+    assert old.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model-f32.gguf"]
+
+
+# -------------------------------------------------------------------------------------------------------- serving it
+
+
+@RUNTIME
+@pytest.mark.parametrize("words", [bytes_bpe, sentencepiece_bpe])
+def test_greedy_text_is_that_of_transformers(words: Any, tmp_path: Path) -> None:
+    from llama_cpp import Llama
+
+    model, tokenizer = tiny("llama"), words()
+    found = exported(cut(model, ragged(model.config)), tmp_path, words=tokenizer)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = tokenizer("the rain in", return_tensors="pt")["input_ids"]
+    want = small.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None)[0].tolist()
+    llama = Llama(found["file"], n_ctx=64, n_threads=1, verbose=False)
+    assert llama.tokenize(b"the rain in", add_bos=False) == ids[0].tolist()
+    out = list(ids[0].tolist())
+    for token in llama.generate(ids[0].tolist(), temp=0.0, top_k=1):
+        out.append(token)
+        if len(out) == len(want):
+            break
+    assert out == want
+    assert llama.metadata["tokenizer.chat_template"] == TEMPLATE
+
+
+@SERVER
+def test_the_openai_compatible_server_answers(tmp_path: Path) -> None:
+    model, tokenizer = tiny("llama"), bytes_bpe()
+    for text, i in tokenizer.get_vocab().items():  # only plain letters are ever the most likely
+        if text.startswith("<") or not text.replace("Ġ", " ").isascii():
+            model.lm_head.weight.data[i] = 0
+    found = exported(cut(model, ragged(model.config)), tmp_path, "f32")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", found["file"], "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--n_ctx", "64", "--n_threads", "1", "--model_alias", "small"]
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        models = _asked(port, "models", None, server, tmp_path / "log")
+        assert [one["id"] for one in models["data"]] == ["small"]
+        body = {
+            "messages": [{"role": "user", "content": "the rain"}],
+            "max_tokens": 6,
+            "temperature": 0,
+            "repeat_penalty": 1.0,
+        }
+        answer = _asked(port, "chat/completions", body, server, tmp_path / "log")
+        assert answer["object"] == "chat.completion"
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+        ids = tokenizer("<s>the rain</s><s>", return_tensors="pt")["input_ids"]  # what the chat template makes of it
+        assert answer["usage"]["prompt_tokens"] == ids.shape[1]
+        assert answer["usage"]["completion_tokens"] == 6
+        small = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        want = tokenizer.decode(small.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :])
+        assert answer["choices"][0]["message"]["content"].strip() == want.strip()
+    finally:
+        server.terminate()
+        server.wait(20)
+        log.close()
+
+
+def _asked(port: int, path: str, body: dict[str, Any] | None, server: Any, log: Path) -> dict[str, Any]:
+    """An answer of the server; waits until it listens."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/{path}",
+        data=None if body is None else json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    end = time.monotonic() + 120
+    while True:
+        assert server.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found: dict[str, Any] = json.load(answer)
+                return found
+        except urllib.error.URLError as error:
+            if isinstance(error, urllib.error.HTTPError) or time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_writes_the_file_and_says_what_it_is(tmp_path: Path) -> None:
+    where = checkpoint(tiny("llama"), tmp_path)
+    command = ["export", where, "--format", "gguf", "--quant", "q8_0", "--out", str(tmp_path / "a.gguf")]
+    done = CliRunner().invoke(cli.app, [*command, "--json", str(tmp_path / "a.json")], prog_name="prunus")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["file"] == str(tmp_path / "a.gguf") and (tmp_path / "a.gguf").is_file()
+    assert "architecture" in done.stdout and "stay in f16" in done.stderr  # rows of 48 and 80
+    again = CliRunner().invoke(cli.app, command, prog_name="prunus")
+    assert again.exit_code == 2
+    assert again.stderr.startswith("error: ") and "--overwrite" in again.stderr
+    assert CliRunner().invoke(cli.app, [*command, "--overwrite"], prog_name="prunus").exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [["--format", "onnx"], ["--format", "gguf", "--quant", "q2_k"], []])
+def test_what_the_command_does_not_know(arguments: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["export", str(tmp_path), *arguments], prog_name="prunus")
+    assert done.exit_code == 2
+    assert "Traceback" not in done.output
+
+
+@RUNTIME
+def test_the_benchmark_measures_what_evaluate_does(tmp_path: Path) -> None:
+    model = tiny("llama")
+    dense = checkpoint(model, tmp_path / "dense")
+    small = checkpoint(cut(model, ragged(model.config)), tmp_path / "small")
+    text = tmp_path / "text.txt"
+    text.write_text("the rain in the west is not what the others said it was\n" * 40)
+    script = Path(__file__).parents[1] / "benchmarks" / "quantise.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path / "files"), "--text", str(text), "--length", "64"]
+    command += ["--chunks", "3", "--prompt", "64", "--generate", "8", "--rounds", "2", "--quants", "f16", "q8_0"]
+    command += ["--results", str(tmp_path / "q.json"), "--picture", str(tmp_path / "q"), f"dense={dense}", f"a={small}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "q.json").read_text())
+    assert [(row["network"], row["quant"]) for row in results["rows"]] == [
+        ("dense", "f16"), ("dense", "q8_0"), ("a", "f16"), ("a", "q8_0")
+    ]  # fmt: skip
+    for row in results["rows"]:
+        assert abs(row["to_torch"]) < (1e-3 if row["quant"] == "f16" else 2e-2)
+        assert row["pp"] > 0 and row["tg"] > 0
+    assert results["rows"][0]["pp_ratio"] == results["rows"][0]["tg_ratio"] == 1
+    assert str(tmp_path) not in results["command"]
+    assert (tmp_path / "q.png").is_file()
+
+
+def test_the_figures_are_finite(tmp_path: Path) -> None:
+    found = exported(tiny("gpt2"), tmp_path, "f16")
+    assert all(math.isfinite(v) for v in found.values() if isinstance(v, float))
