@@ -21,7 +21,7 @@ from prunus.pipeline import compress, step
 from prunus.progress import LineProgress
 
 START = {"reform.order": "score", "reform.fisher": "0", "reform.method": "none", "reform.sequential": "false"}
-START |= {"search.generations": "0", "reform.sensitivity": "0"}
+START |= {"search.generations": "0", "reform.sensitivity": "0", "reform.openings": "0"}
 ROWS: tuple[tuple[str, str, dict[str, str]], ...] = (  # what a row is called, the first step it changes, its settings
     ("OBS score, plain slices, knapsack", "score", START),
     ("+ closed form", "score", {"reform.method": "closed-form"}),
@@ -31,7 +31,8 @@ ROWS: tuple[tuple[str, str, dict[str, str]], ...] = (  # what a row is called, t
     ("+ sequential pass, readers too", "extract", {"reform.readers": "0.3"}),
     ("the same without drift in the target", "extract", {"reform.drift": "0"}),
     ("the same with a ridge of 0.03", "extract", {"reform.drift": "1", "reform.sequential_damping": "0.03"}),
-    ("+ one measured level per sub-layer", "reform", {"reform.sequential_damping": "0.3", "reform.sensitivity": "1"}),
+    ("+ first tokens", "score", {"reform.sequential_damping": "0.3", "reform.openings": "1024"}),
+    ("+ one measured level per sub-layer", "reform", {"reform.sensitivity": "1"}),
     ("+ evolution, KL", "search", {"search.generations": "4"}),
     ("+ evolution, perplexity", "search", {"search.objective": "ppl"}),
     ("random allocation, as many candidates", "search", {"search.objective": "kl", "search.method": "random"}),

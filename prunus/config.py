@@ -171,7 +171,7 @@ class SearchConfig(_Section):
         flag="constraint",
     )
     generations: int = setting(
-        4, "generations of the evolution, for each ratio", step="search", flag="generations", low=0
+        1, "generations of the evolution, for each ratio", step="search", flag="generations", low=0
     )
     population: int = setting(8, "candidates that survive a generation", step="search", low=1)
     offspring: int = setting(16, "candidates tried in each generation", step="search", flag="offspring", low=1)

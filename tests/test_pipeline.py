@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prunus.config import CompressConfig, resolve
@@ -121,6 +123,24 @@ def test_other_searches_end_in_loadable_checkpoints(changes: dict[str, Any], tmp
     assert found["kept_blocks"] == pytest.approx(0.8, abs=0.01)
     ids = torch.randint(3, 500, (1, 12))
     assert logits(tmp_path / "run" / "models" / found["name"], ids, trust_remote_code=True).isfinite().all()
+
+
+@pytest.mark.parametrize("constraint", ["bytes", "flops", "parameters-all"])
+def test_a_share_may_be_of_bytes_or_flops(constraint: str, tmp_path: Path) -> None:
+    compress(config(search__constraint=constraint, keep=(0.75,), search__generations=1), tmp_path / "run")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "models" / "keep-0.75", trust_remote_code=True)
+    dense = AutoModelForCausalLM.from_pretrained(MODEL)
+    if constraint == "flops":
+        ids = torch.arange(1, 513)[None] % 500
+        cost = []
+        for model in (small, dense):
+            with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                model(ids)
+            cost.append(counter.get_total_flops())
+        assert cost[0] / cost[1] == pytest.approx(0.75, abs=0.05)  # the budget is for another length than this
+    else:
+        numbers = [sum(p.numel() for p in model.parameters()) for model in (small, dense)]
+        assert 0.745 < numbers[0] / numbers[1] <= 0.75
 
 
 def test_uniform_networks_are_stock_checkpoints(tmp_path: Path) -> None:
