@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.families import Family
+from prunus.memory import give_back
 from prunus.slicing import layers_of
 from prunus.stream import LayerStream, inputs_of
 
@@ -98,6 +99,7 @@ def collect(
             mean /= tokens
             gram -= torch.outer(mean, mean)
         use(i, Grams(*grams, *means))
+        give_back()
 
 
 def _inputs(module: nn.Module) -> int:

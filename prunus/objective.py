@@ -98,6 +98,8 @@ class Divergence:
             for b, batch in enumerate(batches):
                 with torch.no_grad():
                     values += self._batch(sub, last, pool[batch], batch, holdout, trails[b])
+                if len(subs) == 1:  # nobody comes after it
+                    trails[b].clear()
             last = sub
             yield values
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.families import Family
+from prunus.memory import give_back
 from prunus.moments import add_products, stored, writer_weight
 from prunus.objective import kl_from_logits
 from prunus.reform import refit
@@ -88,6 +89,7 @@ def refit_all(
             if advance:
                 advance(ids.numel())
         dense = truth.after
+        give_back()
     return [t.weights for t in travellers]
 
 
