@@ -166,9 +166,25 @@ class Levels:
             self._cache.move_to_end(key)
             return self._cache[key]
         path = self.family.attention_writer if which == "attention" else self.family.mlp_writer
+        out = self._solved(i, which, kept, writer_weight(self.layers[i], path))
+        self._cache[key] = out
+        self._room -= sum(t.nbytes for t in out.values())
+        while self._room < 0 and len(self._cache) > 1:
+            self._room += sum(t.nbytes for t in self._cache.popitem(last=False)[1].values())
+        return out
+
+    def reformed(self, i: int, which: str, shape: LayerShape, weight: Tensor) -> dict[tuple[int, str], Tensor]:
+        """Another full weight (out, in) for one writer of layer i, reformed for the first units that a shape keeps."""
+        kept = shape.mlp if which == "mlp" else (tuple(range(shape.kv_heads)), tuple(range(shape.q_per_kv)))
+        return self._solved(i, which, kept, weight)
+
+    def _solved(self, i: int, which: str, kept: object, weight: Tensor) -> dict[tuple[int, str], Tensor]:
+        path = self.family.attention_writer if which == "attention" else self.family.mlp_writer
         index, grams = self._inputs(which, kept), self.grams(i)
-        weight, gram, mean = writer_weight(self.layers[i], path), getattr(grams, which), getattr(grams, f"{which}_mean")
-        if self.method == "admm":
+        gram, mean = getattr(grams, which), getattr(grams, f"{which}_mean")
+        if len(index) == len(gram) or self.method == "none":
+            new = weight[:, index.to(weight.device)]
+        elif self.method == "admm":
             new = admm(weight, gram, index, iterations=self.iterations)
         else:
             new = closed_form(weight, gram, index, self.damping)
@@ -177,10 +193,6 @@ class Levels:
         if isinstance(bias, Tensor):  # takes over the mean of what went, and of what the weights changed
             moved = weight.float() @ mean - new.float() @ mean[index.to(mean.device)]
             out[i, f"{path}.bias"] = (bias.detach().float() + moved).to(bias.dtype)
-        self._cache[key] = out
-        self._room -= sum(t.nbytes for t in out.values())
-        while self._room < 0 and len(self._cache) > 1:
-            self._room += sum(t.nbytes for t in self._cache.popitem(last=False)[1].values())
         return out
 
     def _inputs(self, which: str, kept: Any) -> Tensor:
