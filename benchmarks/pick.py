@@ -50,11 +50,11 @@ def without(run: Path, name: str, out: Path) -> Path:
     return out
 
 
-def prunus(*typed: str | Path) -> float:
-    """Run one command of Prunus; its seconds."""
-    start = time.perf_counter()
+def prunus(*typed: str | Path) -> tuple[float, float]:
+    """Run one command of Prunus; its seconds on the clock, and those of all its threads on a processor."""
+    start, spent = time.perf_counter(), sum(os.times()[2:4])
     subprocess.run([sys.executable, "-m", "prunus", *map(str, typed)], check=True)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, sum(os.times()[2:4]) - spent
 
 
 def row(run: Path, keep: float, refit: int | None, out: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def row(run: Path, keep: float, refit: int | None, out: Path) -> dict[str, Any]:
     shutil.rmtree(copy / "models" / f"pick-{keep:g}", ignore_errors=True)
     found = out / "found.json"
     asked = ["pick", copy, "--keep", f"{keep:g}", *([] if refit is None else ["--refit", str(refit)]), "--json", found]
-    seconds = prunus(*asked, "--quiet")
+    seconds, cpu = prunus(*asked, "--quiet")
     prunus(*asked, "--measure", "--quiet")
     (mine,) = json.loads(found.read_text())["chosen"]
     own = json.loads((run / "evaluation" / f"{name}.json").read_text())
@@ -73,6 +73,7 @@ def row(run: Path, keep: float, refit: int | None, out: Path) -> dict[str, Any]:
         "windows": "default" if refit is None else str(refit),
         "kept": keep,
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu, 2),
         "kl_nats": mine["kl_nats"],
         "full_run_kl_nats": own["kl_nats"],
         "excess": mine["kl_nats"] / own["kl_nats"] - 1,
@@ -98,6 +99,7 @@ def main() -> int:
         ["windows", "windows of the pass", ""],
         ["kept", "kept", ".0%"],
         ["seconds", "seconds", ".1f"],
+        ["cpu_seconds", "of the processor", ".1f"],
         ["kl_nats", "KL, nats", ".4f"],
         ["full_run_kl_nats", "of the full run", ".4f"],
         ["excess", "more", "+.1%"],

@@ -132,11 +132,14 @@ class Levels:
         self.whole = LayerShape(self.d["kv_heads"], self.d["q_per_kv"], self.d["mlp"])
         self._cache: OrderedDict[tuple[object, ...], dict[tuple[int, str], Tensor]] = OrderedDict()
         self._room = cache_bytes
+        self._last: tuple[int, Grams] | None = None
 
     def grams(self, i: int) -> Grams:
-        """One layer's Gram matrices from disk, in the sorted order, on the model's device."""
-        own = read_grams(self.folder, i, next(self.layers[i].parameters()).device)
-        return permute_grams(own, {unit: order[i] for unit, order in self.orders.items()}, self.d)
+        """One layer's Gram matrices from disk, in the sorted order, on the model's device; the last ones are kept."""
+        if self._last is None or self._last[0] != i:
+            own = read_grams(self.folder, i, next(self.layers[i].parameters()).device)
+            self._last = i, permute_grams(own, {unit: order[i] for unit, order in self.orders.items()}, self.d)
+        return self._last[1]
 
     def __call__(self, sub: SubNetwork) -> Override:
         if sub.hidden != self.d["hidden"] or self.method == "none":
@@ -159,6 +162,7 @@ class Levels:
         """Give the memory of all cached levels back."""
         self._room += sum(t.nbytes for entry in self._cache.values() for t in entry.values())
         self._cache.clear()
+        self._last = None
 
     def _reformed(self, i: int, which: str, kept: object) -> dict[tuple[int, str], Tensor]:
         key = (i, which, kept)

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunus.families import Family, dims, is_dropped
+from prunus.families import Family, dims, full, is_dropped
 from prunus.levels import Levels
 from prunus.moments import writer_weight
 from prunus.rows import Row, layers_of, rows
 from prunus.slicing import Override, kept_dims, take
-from prunus.subnetwork import SubNetwork
+from prunus.subnetwork import LayerShape, SubNetwork
 
 Place = slice | Tensor
+SHARE = 0.65  # of their change that pays in a network between them: the rest fits themselves alone (docs/lab.md)
 
 
 @dataclass(frozen=True)
@@ -34,34 +35,44 @@ class Neighbour:
 
 @torch.no_grad()
 def inherit(
-    model: nn.Module, family: Family, database: Levels, sub: SubNetwork, neighbours: Sequence[Neighbour]
+    model: nn.Module,
+    family: Family,
+    database: Levels,
+    sub: SubNetwork,
+    neighbours: Sequence[Neighbour],
+    share: float = SHARE,
 ) -> dict[tuple[int, str], Tensor]:
-    """Weights of `sub`, in storage order: one-shot ones, moved by what refitting changed in its neighbours.
+    """Weights of `sub`, in storage order: one-shot ones, moved by a share of what refitting changed in its neighbours.
 
     A neighbour without weights (the super-network itself, say) stands for no change. Entries that no neighbour has are
-    not moved. The model must be sorted, and hidden sizes are the model's.
+    not moved. The model must be sorted, hidden sizes are the model's, and `sub` keeps the first units.
     """
-    whole, writers = dims(model.config), (family.attention_writer, family.mlp_writer)
+    whole, writers = dims(model.config), {family.attention_writer: "attention", family.mlp_writer: "mlp"}
+    dense, layers = full(model.config), layers_of(model, family)
     before = [database(n.sub) for n in neighbours]
-    found = dict(database(sub))
+    found: dict[tuple[int, str], Tensor] = {}
     for row in rows(model, family):
         i = row.layer
         if i is None or is_dropped(row.part, sub.layers[i]):
             continue
-        inside = row.path.removeprefix(f"{family.layers}.{i}.")
+        inside, shape = row.path.removeprefix(f"{family.layers}.{i}."), sub.layers[i]
         change = _change(row, (i, inside), whole, neighbours, before)
-        if change is None:
-            continue
-        if inside in {f"{path}.weight" for path in writers}:
-            path = inside.removesuffix(".weight")
-            moved = writer_weight(layers_of(model, family)[i], path).float() + _as_matrix(row, change)
-            found |= database.reformed(i, "attention" if path == writers[0] else "mlp", sub.layers[i], moved)
-            continue
-        kept = kept_dims(whole, sub.hidden, sub.layers[i], sub.kept[i] if sub.kept else None)
-        start = found.get((i, inside), take(row.parameter.data, row.axes, whole, kept))
-        new = start.float() + take(change, row.axes, whole, kept)
-        found[i, inside] = new.to(row.parameter.dtype).contiguous()
+        path, _, name = inside.rpartition(".")
+        if path in writers and name == "weight":
+            if change is not None or _inner(shape, writers[path]) != _inner(dense.layers[i], writers[path]):
+                moved = writer_weight(layers[i], path).float()
+                moved = moved if change is None else moved + share * _as_matrix(row, change)
+                found |= database.reformed(i, writers[path], shape, moved)
+        elif change is not None:
+            kept = kept_dims(whole, sub.hidden, shape, None)
+            start = found.get((i, inside), take(row.parameter.data, row.axes, whole, kept))
+            new = start.float() + share * take(change, row.axes, whole, kept)
+            found[i, inside] = new.to(row.parameter.dtype).contiguous()
     return found
+
+
+def _inner(shape: LayerShape, which: str) -> tuple[int, ...]:
+    return (shape.kv_heads, shape.q_per_kv) if which == "attention" else (shape.mlp,)
 
 
 def _change(

@@ -118,7 +118,7 @@ def _picked(
     whole = s.cost(s.whole)
     _, high = p.space.window(s.cost, keep, of=whole, slack=steps.slack(s))
     finished = _finished(s, p)
-    twin = s.run.path(f"models/{s.name(keep)}")
+    twin = s.run.path(f"models/keep-{keep:g}")
     if name == f"pick-{keep:g}" and twin.is_dir():
         raise UserError(f"the run has a network of that share, searched and refitted: {twin}; take that one")
     around = _around(finished, high)

@@ -55,7 +55,7 @@ def test_the_only_neighbour_gives_its_own_weights_to_a_network_of_its_shape(
     weights = shaken(model, family, database, sub)
     members = tuple(LayerKept(*(tuple(range(n)) for n in vars(shape).values())) for shape in sub.layers)
     near = replace(sub, kept=members if named else ())  # the same network, its members spelled out
-    assert apart(inherit(model, family, database, sub, [Neighbour(near, weights, 0.7)]), weights) < 1e-4
+    assert apart(inherit(model, family, database, sub, [Neighbour(near, weights, 0.7)], share=1.0), weights) < 1e-4
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -65,15 +65,28 @@ def test_between_two_neighbours_stands_the_mean_of_their_changes(name: str, tmp_
     database = Levels(model, family, tmp_path, orders=orders)
     sub = ragged(model.config, hidden=False)
     a, b = shaken(model, family, database, sub, seed=1), shaken(model, family, database, sub, seed=2)
-    found = inherit(model, family, database, sub, [Neighbour(sub, a, 3.0), Neighbour(sub, b, 1.0)])
+    found = inherit(model, family, database, sub, [Neighbour(sub, a, 3.0), Neighbour(sub, b, 1.0)], share=1.0)
     assert apart(found, {key: 0.75 * a[key] + 0.25 * b[key] for key in a}) < 1e-4
     plain = inherit(model, family, database, sub, [])
-    assert plain.keys() == database(sub).keys()
-    halfway = inherit(model, family, database, sub, [Neighbour(sub, a, 1.0), Neighbour(whole, {}, 1.0)])
+    assert apart(plain, database(sub)) < 1e-6
+    halfway = inherit(model, family, database, sub, [Neighbour(sub, a, 1.0), Neighbour(whole, {}, 1.0)], share=1.0)
     for row in rows(model, family):
         key = (row.layer, row.path.removeprefix(f"{family.layers}.{row.layer}."))
         if key in plain:
             assert torch.allclose(halfway[key], (a[key] + plain[key]) / 2, atol=1e-4), key  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_share_of_the_change_is_a_share_of_the_way(name: str, tmp_path: Path) -> None:
+    model, orders, _ = prepared(name, tmp_path)
+    family = family_of(model.config)
+    database = Levels(model, family, tmp_path, orders=orders)
+    sub = ragged(model.config, hidden=False)
+    near = [Neighbour(sub, shaken(model, family, database, sub), 1.0)]
+    none, part, all_ = (inherit(model, family, database, sub, near, share=share) for share in (0.0, 0.25, 1.0))
+    assert apart(part, {key: 0.75 * none[key] + 0.25 * all_[key] for key in none}) < 1e-4
+    one_shot = database(sub)
+    assert apart({key: none[key] for key in one_shot}, one_shot) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "gpt_neox"])
@@ -86,7 +99,7 @@ def test_what_a_wider_neighbour_loses_is_made_up_for(name: str, tmp_path: Path) 
     wide = full(model.config)
     sub = replace(wide, layers=tuple(replace(shape, mlp=shape.mlp // 2) for shape in wide.layers))
     weights = shaken(model, family, database, wide)
-    found = inherit(model, family, database, sub, [Neighbour(wide, weights, 1.0)])
+    found = inherit(model, family, database, sub, [Neighbour(wide, weights, 1.0)], share=1.0)
     for i, layer in enumerate(layers_of(model, family)):
         path = family.mlp_writer
         with activate(model, family, wide, weights):
