@@ -63,6 +63,7 @@ def row(run: Path, keep: float, refit: int | None, out: Path) -> dict[str, Any]:
     if not copy.exists():
         without(run, name, copy)
     shutil.rmtree(copy / "models" / f"pick-{keep:g}", ignore_errors=True)
+    (copy / "weights" / f"pick-{keep:g}.safetensors").unlink(missing_ok=True)
     found = out / "found.json"
     asked = ["pick", copy, "--keep", f"{keep:g}", *([] if refit is None else ["--refit", str(refit)]), "--json", found]
     seconds, cpu = prunus(*asked, "--quiet")

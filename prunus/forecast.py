@@ -20,7 +20,7 @@ class Forecast:
     """A measurement that was not made, and how far off such forecasts were where they could be checked.
 
     factor: 1.05 means that the known cases, each forecast from the others, were at most 5 % off, either way; None where
-    there are too few of them to say.
+    there are too few of them to say, or where all of them lie on one side.
     """
 
     value: float
@@ -40,7 +40,8 @@ def forecast(known: Sequence[Known], predicted: float) -> Forecast:
         abs(_read([p for p in points if p is not one], one[0]) - one[1])
         for one in points[1:-1]  # the ends have a neighbour on one side only, so a gap there says little
     ]
-    return Forecast(math.exp(_read(points, _log(predicted))), math.exp(max(off)) if off else None)
+    inside = points[0][0] <= _log(predicted) <= points[-1][0]
+    return Forecast(math.exp(_read(points, _log(predicted))), math.exp(max(off)) if off and inside else None)
 
 
 def _log(x: float) -> float:

@@ -285,6 +285,6 @@ def _notes(found: dict[str, Any], around: Sequence[Finished], finished: Sequence
         notes.append("no network of the run was measured, so nothing says what the error curves' sum means in nats")
     elif found.get("predicted_factor") is None:
         notes.append(
-            "fewer than three networks of the run were measured, so nothing says how far to trust the prediction"
+            "it lies beyond the run's networks, or few were measured: nothing says how far to trust the prediction"
         )
     return notes

@@ -20,6 +20,8 @@ def test_beyond_the_known_cases_their_ratio_stays() -> None:
     known = [(0.1, 0.2), (0.4, 0.6)]
     assert forecast(known, 0.05).value == pytest.approx(0.1)
     assert forecast(known, 0.8).value == pytest.approx(1.2)
+    three = [*known, (0.2, 0.3)]
+    assert [forecast(three, x).factor is None for x in (0.05, 0.3, 0.8)] == [True, False, True]
     assert forecast(known[:1], 7.0).value == pytest.approx(14.0)
 
 

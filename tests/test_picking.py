@@ -140,6 +140,8 @@ def test_beyond_the_ends_of_the_front(run: Path) -> None:
     assert (above["from"], below["from"]) == (["keep-0.9"], ["keep-0.5"])
     assert 0 < above["chosen"][0]["kl_nats"] < figures(run, "keep-0.9")["kl_nats"]
     assert below["chosen"][0]["kl_nats"] > figures(run, "keep-0.5")["kl_nats"]
+    assert above["chosen"][0]["predicted_factor"] is None
+    assert any("beyond the run's networks" in note for note in above["notes"])
 
 
 @pytest.mark.parametrize(
