@@ -1,8 +1,8 @@
 """Prunus finds the smaller networks inside a pretrained language model.
 
 The verbs, each a function: `compress`, `step`, `load`, `score`, `sort`, `activate`, `extract`, `save`, `evaluate`,
-`check`. Importing this package imports neither torch nor transformers; a verb does when it is first used. From then on
-(or from when the caller imports transformers) checkpoints of Prunus load without `trust_remote_code`.
+`check`, `pick`. Importing this package imports neither torch nor transformers; a verb does when it is first used. From
+then on (or from when the caller imports transformers) checkpoints of Prunus load without `trust_remote_code`.
 """
 
 from importlib import import_module
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prunus.families import dims, family_of, full
     from prunus.importance import score
     from prunus.loading import load
+    from prunus.picking import pick
     from prunus.pipeline import compress, step
     from prunus.rows import check
     from prunus.slicing import activate, extract, sort
@@ -33,6 +34,7 @@ _VERBS = {
     "family_of": "families",
     "full": "families",
     "load": "loading",
+    "pick": "picking",
     "save": "checkpoint",
     "score": "importance",
     "sort": "slicing",
@@ -53,6 +55,7 @@ __all__ = [
     "family_of",
     "full",
     "load",
+    "pick",
     "save",
     "score",
     "sort",

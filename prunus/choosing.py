@@ -17,7 +17,7 @@ def search_one(s: Session, p: Prepared, keep: float, starts: Sequence[SubNetwork
 
     def compute() -> dict[str, Any]:
         low, high = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=slack(s))
-        seeds = [*_allocated(s, p, high), *starts]
+        seeds = [*allocated(s, p, high), *starts]
         window = min(low, *(s.cost(sub) for sub in seeds[:1])), high  # coarse spaces may not come nearer
         record = open_record(s, p)
         before = p.objective.forward_tokens
@@ -101,7 +101,7 @@ def _nsga2(
     return search.Found(best.subnetwork, after, seeds[0], before, record.n_tokens, spent, c.generations, ())
 
 
-def _allocated(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
+def allocated(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
     """The allocation that the curves call best within a budget."""
     if s.config.uniform:
         return _allocated_uniform(s, p, budget)

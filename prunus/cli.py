@@ -320,6 +320,40 @@ def export(checkpoint: str, form: str, out: str | None, **parameters: Any) -> No
         terminal.note(sentence)
 
 
+@flags("keep_of")
+@app.command(cls=Verb)
+@click.argument("run")
+@click.option("--keep", metavar="X", type=float, required=True, multiple=True, help="the share to keep")
+@click.option(
+    "--refit", metavar="N", type=int, default=0, help="also a sequential pass over N calibration windows: minutes"
+)
+@click.option("--measure", is_flag=True, help="also measure it: divergence, speed, perplexity where the run has a text")
+@click.option("--out", metavar="CHECKPOINT", help="where it goes; by default RUN/models/pick-X")
+@click.option("--model", metavar="MODEL", help="the run's model, if it has moved")
+def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> None:
+    """One more checkpoint of RUN, for any other budget: in seconds, without a search."""
+    asked = overrides(parameters["config"], given({**parameters, "keep": None, "model": None}))
+    terminal = Terminal(parameters["quiet"])
+    if len(keep) > 1:
+        raise UserError(f"one pick at a time, given {len(keep)} shares; give one --keep")
+    if unused := sorted(set(asked) - {"keep_of", "device"}):
+        raise UserError(f"{unused[0]} is the run's: a pick takes it as it is there")
+    from prunus.picking import pick
+
+    calm_libraries()
+    found = pick(
+        run,
+        keep[0],
+        refit=refit,
+        progress=terminal.progress(),
+        **asked,
+        **{name: parameters[name] for name in ("measure", "out", "model")},
+    )
+    terminal.result(found, parameters["json"])
+    for sentence in found["notes"]:
+        terminal.note(sentence)
+
+
 def _step(name: str, sentence: str) -> click.Command:
     """The sub-command of one step of an existing run."""
     own = (FIRST.get(name, name), name)

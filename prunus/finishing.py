@@ -33,7 +33,7 @@ def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]
     out: dict[str, Override] = {}
     for name in chosen:
         found = s.run.do("extract", paths[name], lambda name=name: compute(name), inputs=inputs[name])  # type: ignore[misc]
-        out[name] = {_address(key): weight.to(s.device) for key, weight in found.items()}
+        out[name] = {address(key): weight.to(s.device) for key, weight in found.items()}
     return out
 
 
@@ -44,7 +44,7 @@ def _refit_missing(
     one_shot = {name: dict(p.database(sub)) for name, sub in chosen.items()}
     p.database.forget()
     if r.method == "none" or not r.sequential:
-        return {name: _named(weights) for name, weights in one_shot.items()}
+        return {name: named(weights) for name, weights in one_shot.items()}
     settings = sequential.SequentialSettings(
         drift=r.drift, damping=r.sequential_damping, reader_damping=r.readers, micro=MICRO
     )
@@ -66,7 +66,7 @@ def _refit_missing(
         before, after = (fmean(holdout_nats(s, p, sub, w)) for w in (one_shot[name], new))
         figures = {"one_shot_nats": before, "sequential_nats": after, "layers_refused": refused}
         s.run.note(f"sequential/{name}", figures)
-        kept[name] = _named(new if after < before else one_shot[name])
+        kept[name] = named(new if after < before else one_shot[name])
     return kept
 
 
@@ -79,17 +79,25 @@ def holdout_nats(s: Session, p: Prepared, sub: SubNetwork, weights: Override) ->
     return values
 
 
-def _named(weights: Override) -> dict[str, Tensor]:
+def named(weights: Override) -> dict[str, Tensor]:
+    """Weights as a safetensors file names them: `layer|path`."""
     return {f"{i}|{path}": weight.cpu().contiguous() for (i, path), weight in weights.items()}
 
 
-def _address(key: str) -> tuple[int, str]:
+def address(key: str) -> tuple[int, str]:
+    """The inverse: layer and path."""
     i, _, path = key.partition("|")
     return int(i), path
 
 
 def save_network(
-    s: Session, name: str, sub: SubNetwork, weights: Override, card: str, manifest: dict[str, Any]
+    s: Session,
+    name: str,
+    sub: SubNetwork,
+    weights: Override,
+    card: str,
+    manifest: dict[str, Any],
+    step: str = "extract",
 ) -> Path:
     """Extract one network and save it as a checkpoint `models/<name>/`."""
     uniform = True if s.config.uniform else None
@@ -101,5 +109,5 @@ def save_network(
         checkpoint.save(model, s.tokenizer, path, card=card, manifest=manifest, generation_config=s.generation_config)
 
     inputs = {"subnetwork": sub.key(), "weights": s.run.sha256(f"weights/{name}.safetensors"), "card": card}
-    s.run.do("extract", f"models/{name}", compute, save=save, load=lambda path: nn.Identity(), inputs=inputs)
+    s.run.do(step, f"models/{name}", compute, save=save, load=lambda path: nn.Identity(), inputs=inputs)
     return s.run.path(f"models/{name}")

@@ -132,11 +132,14 @@ class Levels:
         self.whole = LayerShape(self.d["kv_heads"], self.d["q_per_kv"], self.d["mlp"])
         self._cache: OrderedDict[tuple[object, ...], dict[tuple[int, str], Tensor]] = OrderedDict()
         self._room = cache_bytes
+        self._last: tuple[int, Grams] | None = None
 
     def grams(self, i: int) -> Grams:
-        """One layer's Gram matrices from disk, in the sorted order, on the model's device."""
-        own = read_grams(self.folder, i, next(self.layers[i].parameters()).device)
-        return permute_grams(own, {unit: order[i] for unit, order in self.orders.items()}, self.d)
+        """One layer's Gram matrices from disk, in the sorted order, on the model's device; the last ones are kept."""
+        if self._last is None or self._last[0] != i:
+            own = read_grams(self.folder, i, next(self.layers[i].parameters()).device)
+            self._last = i, permute_grams(own, {unit: order[i] for unit, order in self.orders.items()}, self.d)
+        return self._last[1]
 
     def __call__(self, sub: SubNetwork) -> Override:
         if sub.hidden != self.d["hidden"] or self.method == "none":
@@ -159,6 +162,7 @@ class Levels:
         """Give the memory of all cached levels back."""
         self._room += sum(t.nbytes for entry in self._cache.values() for t in entry.values())
         self._cache.clear()
+        self._last = None
 
     def _reformed(self, i: int, which: str, kept: object) -> dict[tuple[int, str], Tensor]:
         key = (i, which, kept)
@@ -166,9 +170,25 @@ class Levels:
             self._cache.move_to_end(key)
             return self._cache[key]
         path = self.family.attention_writer if which == "attention" else self.family.mlp_writer
+        out = self._solved(i, which, kept, writer_weight(self.layers[i], path))
+        self._cache[key] = out
+        self._room -= sum(t.nbytes for t in out.values())
+        while self._room < 0 and len(self._cache) > 1:
+            self._room += sum(t.nbytes for t in self._cache.popitem(last=False)[1].values())
+        return out
+
+    def reformed(self, i: int, which: str, shape: LayerShape, weight: Tensor) -> dict[tuple[int, str], Tensor]:
+        """Another full weight (out, in) for one writer of layer i, reformed for the first units that a shape keeps."""
+        kept = shape.mlp if which == "mlp" else (tuple(range(shape.kv_heads)), tuple(range(shape.q_per_kv)))
+        return self._solved(i, which, kept, weight)
+
+    def _solved(self, i: int, which: str, kept: object, weight: Tensor) -> dict[tuple[int, str], Tensor]:
+        path = self.family.attention_writer if which == "attention" else self.family.mlp_writer
         index, grams = self._inputs(which, kept), self.grams(i)
-        weight, gram, mean = writer_weight(self.layers[i], path), getattr(grams, which), getattr(grams, f"{which}_mean")
-        if self.method == "admm":
+        gram, mean = getattr(grams, which), getattr(grams, f"{which}_mean")
+        if len(index) == len(gram) or self.method == "none":
+            new = weight[:, index.to(weight.device)]
+        elif self.method == "admm":
             new = admm(weight, gram, index, iterations=self.iterations)
         else:
             new = closed_form(weight, gram, index, self.damping)
@@ -177,10 +197,6 @@ class Levels:
         if isinstance(bias, Tensor):  # takes over the mean of what went, and of what the weights changed
             moved = weight.float() @ mean - new.float() @ mean[index.to(mean.device)]
             out[i, f"{path}.bias"] = (bias.detach().float() + moved).to(bias.dtype)
-        self._cache[key] = out
-        self._room -= sum(t.nbytes for t in out.values())
-        while self._room < 0 and len(self._cache) > 1:
-            self._room += sum(t.nbytes for t in self._cache.popitem(last=False)[1].values())
         return out
 
     def _inputs(self, which: str, kept: Any) -> Tensor:

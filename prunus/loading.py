@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -94,7 +95,7 @@ def load(
         raise UserError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     place = _find(model_id, revision)
-    with _explained(place):
+    with _explained(place), _parsed_once(place):
         config = _config(place, trust_remote_code, compress)
         wanted = _dtype(config, dtype, place)
         refuse_too_large(config, wanted or torch.float32, device, samples=windows[0], length=windows[1])
@@ -149,6 +150,26 @@ def _gguf(path: Path, name: str) -> _Place:
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading a GGUF file needs the package gguf; install it with pip install 'prunus[gguf]'")
     return _Place(name, "gguf", str(path.parent), {"gguf_file": path.name})
+
+
+@contextmanager
+def _parsed_once(place: _Place) -> Iterator[None]:
+    """Inside the block a GGUF file is parsed once, in seconds of Python, and its table of tensor names is made once.
+
+    transformers would parse it for configuration, tokenizer and weights, and make the table for each module.
+    """
+    if place.kind != "gguf":
+        yield
+        return
+    gguf: Any = importlib.import_module("gguf")
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, original in own.items():
+            setattr(gguf, name, functools.cache(original))
+        yield
+    finally:
+        for name, original in own.items():
+            setattr(gguf, name, original)
 
 
 # -------------------------------------------------------------------------------------- what can be known beforehand

@@ -77,6 +77,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.pytorch_utils import Conv1D
 
+_LAYERS = "_heterogeneity_spec"  # where transformers keeps per_layer_config; with it, flat keys cannot be read
 MODULE = "modeling_prunus"  # name of this file inside a checkpoint, without .py
 
 if not hasattr(LlamaConfig, "per_layer_config"):
@@ -164,13 +165,18 @@ class RaggedModel:
     mlp_norms: tuple[str, ...] = ("post_attention_layernorm",)
 
     def __init__(self, config: Any) -> None:
-        n = config.num_hidden_layers
+        n, layers = config.num_hidden_layers, config.__dict__.pop(_LAYERS, None)
         config.num_hidden_layers = 0
-        try:
+        try:  # the frame sees the flat keys only: some kinds of RoPE ask for heads that they do not use
             super().__init__(config)  # type: ignore[call-arg]
         finally:
             config.num_hidden_layers = n
+            if layers is not None:
+                setattr(config, _LAYERS, layers)
         me: Any = self
+        for module in me.modules():
+            if hasattr(module, "rope_type"):  # and some ask again, when a text grows long
+                module.config = config.per_layer_config[0]
         me.base_model.get_submodule(self.layers_path).extend([self._build(config, i) for i in range(n)])
         me.post_init()
 

@@ -124,13 +124,8 @@ class Run:
 
     def _admit(self, config: Mapping[str, Any], source: Mapping[str, Any]) -> None:
         """Refuse what differs; take over what may differ."""
-        new, known = _plain(config), self.source
-        identity = "sha256" if known.get("sha256") and source.get("sha256") else "id"
-        if known.get(identity) != source.get(identity):
-            raise UserError(
-                f"{str(self.directory)!r} is a run of another model: {_describe(known)}, given {_describe(source)}; "
-                "choose another --out"
-            )
+        self.refuse_other(source, "choose another --out")
+        new = _plain(config)
         differing = [key for key in difference(self.config, new) if key != "model"]  # the model's path may change
         old_values, new_values = flatten(self.config), flatten(new)
         refused = [
@@ -151,6 +146,16 @@ class Run:
         log.info("%s is there already: going on with it, %d files and folders are done", self.directory, done)
         if difference(self.config, new):
             self._take(new, first=changes.first_touched(self.steps, old_values, new_values, differing))
+
+    def refuse_other(self, source: Mapping[str, Any], advice: str) -> None:
+        """Raise UserError for another model than the run's; its path may differ where its checksum is the same."""
+        known = self.source
+        identity = "sha256" if known.get("sha256") and source.get("sha256") else "id"
+        if known.get(identity) != source.get(identity):
+            raise UserError(
+                f"{str(self.directory)!r} is a run of another model: {_describe(known)}, given {_describe(source)}; "
+                f"{advice}"
+            )
 
     def close(self) -> None:
         """Give the directory free for other processes."""

@@ -52,6 +52,7 @@ class _Traveller:
     sub: SubNetwork
     weights: dict[tuple[int, str], Tensor]
     hidden: list[Tensor]
+    readers: dict[tuple[int, str], tuple[Tensor, Tensor | None]]  # as the super-network has them: (weight, bias)
 
 
 class _Stop(Exception):
@@ -71,9 +72,10 @@ def refit_all(
 ) -> list[dict[tuple[int, str], Tensor]]:
     """Refitted weights of every candidate, in storage order; ids (n, length) are calibration windows.
 
-    candidates: sub-networks of the sorted super-network with their one-shot weights (`levels.Levels`), the prior that
-    the ridge pulls towards. openings (m, 1): tokens that a text may begin with, fitted as sequences of their own
-    (`calibration.openings`). accept: asked once per candidate and layer; where it says no the layer keeps its prior.
+    candidates: sub-networks of the sorted super-network with the weights that the ridge pulls towards: one-shot ones
+    (`levels.Levels`), or those of an earlier pass. openings (m, 1): tokens that a text may begin with, fitted as
+    sequences of their own (`calibration.openings`). accept: asked once per candidate and layer; where it says no the
+    layer keeps what it had.
     """
     batches = [] if openings is None else [openings]  # first: readers see every n-th batch from the first on
     batches += torch.split(ids, settings.micro)
@@ -81,7 +83,8 @@ def refit_all(
     travellers = []
     for sub, override in candidates:
         with activate(stream.model, stream.family, sub):
-            travellers.append(_Traveller(sub, dict(override), [stream.embed(batch) for batch in batches]))
+            hidden = [stream.embed(batch) for batch in batches]
+            travellers.append(_Traveller(sub, dict(override), hidden, _dense_readers(stream, sub)))
     for i in range(len(stream)):
         truth = _dense_layer(stream, i, dense)
         for c, traveller in enumerate(travellers):
@@ -107,6 +110,19 @@ def readers_of(family: Family, part: Literal["attention", "mlp"]) -> list[str]:
     """The matrices of a sub-layer that read the residual stream; all of them have the same input."""
     table = family.attention if part == "attention" else family.mlp
     return [path for path, row in table.items() if row.startswith("hidden ->")]
+
+
+def _dense_readers(stream: LayerStream, sub: SubNetwork) -> dict[tuple[int, str], tuple[Tensor, Tensor | None]]:
+    """What the active sub-network's readers are without any override: their outputs on dense inputs are the target."""
+    found: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
+    for i, shape in enumerate(sub.layers):
+        paths = readers_of(stream.family, "attention") if shape.attends else []
+        paths += readers_of(stream.family, "mlp") if shape.mlp else []
+        for path in paths:
+            bias = getattr(stream.layers[i].get_submodule(path), "bias", None)
+            own = bias.detach() if isinstance(bias, Tensor) else None
+            found[i, path] = writer_weight(stream.layers[i], path), own
+    return found
 
 
 def _dense_layer(stream: LayerStream, i: int, dense: list[Tensor]) -> _Truth:
@@ -220,10 +236,10 @@ def _refit_readers(
                 dense += y.sum(0, dtype=torch.float32)
                 tokens += len(x)
         for path in paths:
-            prior = writer_weight(layer, path).float()
             moments = _Moments(layer, path)
-            moments.gram, moments.cross, moments.tokens = gram, cross @ prior.T, tokens
-            moments.inputs, moments.outputs = own, prior @ dense  # the bias stands on both sides
+            weight, moments.bias = traveller.readers[i, path]  # the bias stands on both sides
+            moments.gram, moments.cross, moments.tokens = gram, cross @ weight.float().T, tokens
+            moments.inputs, moments.outputs = own, weight.float() @ dense
             new = moments.solve(settings.reader_damping)
             traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
 

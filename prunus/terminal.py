@@ -131,7 +131,7 @@ def rendered(result: Mapping[str, Any]) -> Iterator[Table | Text]:
         yield Text.assemble((f"{place}: ", "bold"), str(result[place]))
 
 
-PLACES = ("report", "run")  # keys that say where the rest is; the first one closes the page
+PLACES = ("picked", "report", "run")  # keys that say where the rest is; the first one closes the page
 
 
 def _is_fact(value: Any) -> bool:
@@ -180,6 +180,7 @@ def networks(found: Sequence[Mapping[str, Any]]) -> Table:
         ("kept of all", lambda n: _percent(n.get("kept_all"))),
         ("parameters", lambda n: _millions(n.get("parameters"))),
         ("weights", lambda n: _bytes(n.get("n_bytes"))),
+        ("predicted KL", lambda n: _foretold(n.get("predicted_kl_nats"), n.get("predicted_factor"))),
         ("KL (nats)", lambda n: _with_error(n.get("kl_nats"), n.get("kl_se"))),
         *((text if text.startswith("perplexity") else f"perplexity\n{text}", _perplexity_on(text)) for text in texts),
         ("same word", lambda n: _percent(n.get("agreement"))),
@@ -246,6 +247,10 @@ def _number(x: float | None) -> str:
 
 def _with_error(x: float | None, error: float | None) -> str:
     return _number(x) if x is None or error is None else f"{_number(x)} ± {error:.2g}"
+
+
+def _foretold(x: float | None, factor: float | None) -> str:
+    return _number(x) if x is None or factor is None else f"{_number(x)} ± {100 * (factor - 1):.0f} %"
 
 
 def _times(x: float | None) -> str:

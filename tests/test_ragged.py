@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CONFIGS, indexed, ragged, tiny, tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
+from tiny import CONFIGS, GQA, indexed, ragged, tiny, tokens
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
 from prunus import ragged as modelling
 from prunus.checkpoint import save
@@ -298,3 +298,35 @@ def test_a_configuration_that_cannot_run_is_refused() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="layer 1 has 6 heads for 4 key-value heads"):
         AutoModelForCausalLM.from_config(config)
+
+
+def _long(kind: str) -> Any:
+    """A tiny configuration whose RoPE changes once a text is longer than 16 tokens, or is stretched from the start."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0, 1.2, 1.5], "long_factor": [2.0, 3.0, 4.0]}
+        raw = {key: value for key, value in GQA.items() if key != "max_position_embeddings"}
+        return Phi3Config(
+            **raw, max_position_embeddings=64, original_max_position_embeddings=16, sliding_window=None,
+            rope_parameters=rope,
+        )  # fmt: skip
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    if kind == "dynamic":
+        return LlamaConfig(**{**GQA, "max_position_embeddings": 16}, head_dim=8, rope_parameters=rope)
+    return LlamaConfig(**GQA, head_dim=8, rope_parameters=rope)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "yarn", "llama3", "linear"])
+def test_every_kind_of_rope_below_and_above_its_first_length(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS, kind, lambda: _long(kind))
+    model, family, sub, small = pair(kind)
+    again = AutoModelForCausalLM.from_pretrained(saved(small, tmp_path / "a"), attn_implementation="eager")
+    for length in (9, 40, 9):
+        ids = tokens(length=length)
+        with activate(model, family, sub):
+            want = logits(model, ids)
+        assert torch.equal(logits(small, ids), want), length
+        assert torch.equal(logits(again, ids), want), length
