@@ -108,7 +108,7 @@ def inspect_latency(
         "outside_the_layers_ms": f"{table.prefill.outside:.4g} prefill, {table.decode.outside:.4g} a token",
         "empty_layer_ms": f"{table.prefill.empty:.4g} prefill, {table.decode.empty:.4g} a token",
         "unrest": f"{100 * table.spread:.1f} %",
-        "error_on_whole_layers": f"{100 * table.check:.1f} %",
+        "error_for_the_dense_model": f"{100 * table.check:.1f} %",
         "table": str(cached_path(key)),
         **({"picture": drawn[0]} if drawn else {}),
         "widths": _rows(table, whole),

@@ -2,8 +2,8 @@
 
 The super-network is cut into a few probes: ordinary extracted models in which every layer has another shape, so that
 one forward with a clock at each layer's door times them all, in the company in which they will work: weights come from
-memory and not from a cache that a repeated layer would sit in. Probes take turns, round by round, and medians are kept,
-so that other load on the machine falls on all widths alike.
+memory and not from a cache that a repeated layer would sit in. Probes and the dense model take turns, round by round,
+and medians are kept, so that other load on the machine falls on all widths alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import nn
 
 from prunus import costs
 from prunus.errors import UserError
-from prunus.families import Family, dims
+from prunus.families import Family, dims, full
 from prunus.machine import environment, words
 from prunus.memory import available
 from prunus.progress import Progress, silent
@@ -116,14 +116,18 @@ class Lap:
 
 @dataclass(frozen=True)
 class Laps:
-    """All forwards of one model: a prompt in each round, and all decoding steps of each round."""
+    """One model in every round: its prompt, and the mean of its decoding steps.
+
+    The mean, because interruptions by other programs are rare in a short step and still cost the request their share:
+    so prompt and steps add up to the request.
+    """
 
     prefill: list[Lap]
-    decode: list[list[Lap]]
+    decode: list[Lap]
 
     def of(self, phase: Phase) -> list[Lap]:
-        """All forwards of one kind."""
-        return self.prefill if phase == "prefill" else [lap for steps in self.decode for lap in steps]
+        """All rounds of one phase."""
+        return self.prefill if phase == "prefill" else self.decode
 
     def median(self, phase: Phase) -> float:
         """Milliseconds of one forward."""
@@ -131,11 +135,11 @@ class Laps:
 
     def requests(self, request: Request) -> list[float]:
         """Milliseconds of the whole request in every round."""
-        steps = [statistics.median(lap.total for lap in laps) for laps in self.decode]
-        return [request.ms(lap.total, step) for lap, step in zip(self.prefill, steps, strict=True)]
+        pairs = zip(self.prefill, self.decode, strict=True)
+        return [request.ms(prefill.total, step.total) for prefill, step in pairs]
 
 
-Timer = Callable[[Sequence[Probe]], list[Laps]]
+Timer = Callable[[Sequence[Probe]], list[Laps]]  # of every probe, layer by layer, then of the dense model
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -171,10 +175,10 @@ def measure(
         with progress("time of every width on this device", rounds + 1) as advance:
             built = [build(model, family, probe, grid) for probe in probes]
             doors = [layers_of(one, family) for one in built]
-            laps = time_models(built, request, rounds=rounds, doors=doors, advance=advance)
+            laps = time_models([*built, model], request, rounds=rounds, doors=doors, advance=advance)
     else:
         laps = timer(probes)
-    table = assemble(key, request, size["hidden"], grid, probes, laps)
+    table = assemble(key, request, full(model.config), grid, probes, laps)
     remember(table)
     return table
 
@@ -202,21 +206,17 @@ def key_of(model: Any, family: Family, request: Request, grid: Grid) -> dict[str
 def plan(grid: Grid, n_layers: int) -> list[Probe]:
     """Which shape every layer of every probe has: every part of the grid alone, in mixed order, behind a whole layer.
 
-    Each probe has an empty layer too. Its first layer has both parts (an attention must stand there), of another size
-    in each probe: the table is checked with them.
+    Each probe has an empty layer too. Its first layer has both parts and is not used: an attention must stand there,
+    and what comes first also waits for what the embedding left behind.
     """
     heads = [(kv, q) for kv in grid.kv_heads for q in grid.q_per_kv]
     alone = [LayerShape(kv, q, 0) for kv, q in heads] + [LayerShape(0, 0, w) for w in grid.mlp]
     random.Random(0).shuffle(alone)
     n = -(-len(alone) // max(1, n_layers - 2))
-    whole = []
-    for p in range(n):
-        share = (1.0, 0.5, 0.75, 0.25)[p % 4]
-        kv, q = heads[round(share * (len(heads) - 1))]
-        whole.append(LayerShape(kv, q, grid.mlp[round(share * (len(grid.mlp) - 1))]))
-    if n_layers == 2:  # no room for an empty layer: it has probes of its own
-        return [(first, shape) for first, shape in zip([*whole, whole[0]], [*alone, EMPTY], strict=True)]
-    return [(whole[p], *alone[p::n], EMPTY) for p in range(n)]
+    first = LayerShape(*heads[-1], grid.mlp[-1])
+    if n_layers == 2:  # no room for an empty layer: it has a probe of its own
+        return [(first, shape) for shape in (*alone, EMPTY)]
+    return [(first, *alone[p::n], EMPTY) for p in range(n)]
 
 
 def build(model: Any, family: Family, probe: Probe, grid: Grid) -> nn.Module:
@@ -248,30 +248,42 @@ def _refuse_too_large(model: Any, family: Family, probes: Sequence[Probe]) -> No
 
 
 def assemble(
-    key: dict[str, Any], request: Request, hidden: int, grid: Grid, probes: Sequence[Probe], laps: Sequence[Laps]
+    key: dict[str, Any], request: Request, whole: SubNetwork, grid: Grid, probes: Sequence[Probe], laps: Sequence[Laps]
 ) -> Timetable:
-    """The table from what the clock said."""
+    """The table from what the clock said; the dense model's laps, which come last, only check it.
+
+    On a machine that others use too, the median of a short span knows nothing of the interruptions that every whole
+    forward has. So the times of a phase are scaled to let the probes as a whole take what they took; by 1, where the
+    machine is quiet.
+    """
     phases: tuple[Phase, ...] = ("prefill", "decode")
-    seen: dict[str, dict[LayerShape, float]] = {}
     times: dict[str, Times] = {}
     unrest = []
     for phase in phases:
-        all_laps = [one.of(phase) for one in laps]
+        all_laps = [one.of(phase) for one in laps[:-1]]
         spans: dict[LayerShape, list[float]] = {}
         for probe, own in zip(probes, all_laps, strict=True):
             for i, shape in enumerate(probe):
                 spans.setdefault(shape, []).extend(lap.layers[i] for lap in own)
             unrest.append(_unrest([lap.total for lap in own]))
-        found = {shape: statistics.median(values) for shape, values in spans.items()}
+        scale = statistics.median(_total(own) / _median_lap(own).total for own in all_laps)
+        found = {shape: scale * statistics.median(values) for shape, values in spans.items()}
         heads = [[found[LayerShape(kv, q, 0)] for q in grid.q_per_kv] for kv in grid.kv_heads]
-        outside = statistics.median(lap.outside for own in all_laps for lap in own)
+        outside = scale * statistics.median(lap.outside for own in all_laps for lap in own)
         widths = rising([found[LayerShape(0, 0, w)] for w in grid.mlp])
         times[phase] = Times(outside, found[EMPTY], rising_table(heads), tuple(widths))
-        seen[phase] = found
-    table = Timetable(key, request, hidden, grid, times["prefill"], times["decode"], statistics.median(unrest), 0.0)
-    whole = {shape for probe in probes for shape in probe if shape.attends and shape.mlp}
-    off = [abs(table.layer_ms(phase, shape) / seen[phase][shape] - 1) for phase in phases for shape in whole]
-    return replace(table, check=statistics.median(off))
+    spread = statistics.median(unrest)
+    table = Timetable(key, request, whole.hidden, grid, times["prefill"], times["decode"], spread, 0.0)
+    return replace(table, check=max(abs(table.ms(whole, phase) / _total(laps[-1].of(phase)) - 1) for phase in phases))
+
+
+def _total(laps: Sequence[Lap]) -> float:
+    return statistics.median(lap.total for lap in laps)
+
+
+def _median_lap(laps: Sequence[Lap]) -> Lap:
+    inside = zip(*(lap.layers for lap in laps), strict=True)
+    return Lap(statistics.median(lap.outside for lap in laps), tuple(map(statistics.median, inside)))
 
 
 def _unrest(values: Sequence[float]) -> float:
@@ -325,8 +337,8 @@ def _doors(layers: nn.ModuleList, clock: Clock) -> list[Any]:
     return [layer.register_forward_pre_hook(ring) for layer in layers] + [layers[-1].register_forward_hook(ring)]
 
 
-def _request(model: Any, request: Request, clock: Clock) -> tuple[Lap, list[Lap]]:
-    """The prompt, and every decoding step with what chooses its token."""
+def _request(model: Any, request: Request, clock: Clock) -> tuple[Lap, Lap]:
+    """The prompt, and the mean decoding step, with what chooses its token."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(int(model.config.vocab_size), (request.batch, request.prompt), generator=generator).to(device)
@@ -345,7 +357,8 @@ def _request(model: Any, request: Request, clock: Clock) -> tuple[Lap, list[Lap]
     for _ in range(max(1, request.generate)):
         (step, cache), lap = forward(step, cache)
         decode.append(lap)
-    return prefill, decode
+    inside = zip(*(lap.layers for lap in decode), strict=True)
+    return prefill, Lap(statistics.fmean(lap.outside for lap in decode), tuple(map(statistics.fmean, inside)))
 
 
 def compare(dense: nn.Module, small: nn.Module, request: Request, *, rounds: int = ROUNDS) -> dict[str, float]:

@@ -187,8 +187,8 @@ def _times(data: ReportData) -> str:
             table(["network", *columns], rows),
             "![milliseconds of every width](report/staircase.png)",
             f"While the table was measured, times of whole forwards varied by {100 * data['latency']['spread']:.1f} % "
-            f"(half the distance of the quartiles); whole layers, which were measured too, are predicted with an error "
-            f"of {100 * data['latency']['check']:.1f} % (median).",
+            f"(half the distance of the quartiles); for the dense model, measured beside it, the table is off by "
+            f"{100 * data['latency']['check']:.1f} %.",
         ]
     )
 

@@ -108,7 +108,6 @@ def test_doors_time_each_layer_by_itself() -> None:
     clock.watch(small)
     (found,) = time_models([small], REQUEST, rounds=2, doors=[layers_of(small, family)], clock=clock)
     assert len(found.prefill) == len(found.decode) == 2
-    assert all(len(steps) == REQUEST.generate for steps in found.decode)
     for lap in (*found.of("prefill"), *found.of("decode")):
         assert lap.layers == tuple(numel(layer) for layer in layers_of(small, family))
     assert not any(layer._forward_pre_hooks for layer in layers_of(small, family))
@@ -148,7 +147,8 @@ def stairs(probes: Sequence[Probe]) -> list[Laps]:
     def lap(probe: Probe, noise: float) -> Lap:
         return Lap(7.0 + noise, tuple(layer(shape, noise) for shape in probe))
 
-    return [Laps([lap(p, x) for x in (0.0, 0.0, 9.0)], [[lap(p, x)] for x in (0.0, 5.0, 0.0)]) for p in probes]
+    dense = (LayerShape(4, 2, 80),) * 4
+    return [Laps([lap(p, x) for x in (0.0, 0.0, 9.0)], [lap(p, x) for x in (0.0, 5.0, 0.0)]) for p in (*probes, dense)]
 
 
 def test_medians_make_the_table_and_it_is_measured_once(cache: Path) -> None:
@@ -174,6 +174,28 @@ def test_medians_make_the_table_and_it_is_measured_once(cache: Path) -> None:
     assert len(list((cache / "latency").iterdir())) == 4
 
 
+def test_interruptions_that_single_layers_forget_are_scaled_in() -> None:
+    """Every forward is held up for a quarter of its time, in another layer each time, so that no median sees it."""
+    model: Any = tiny("llama")
+
+    def timer(probes: Sequence[Probe]) -> list[Laps]:
+        found = []
+        for laps in stairs(probes):
+            clean = laps.prefill[0]
+            late = [
+                Lap(clean.outside, tuple(t + clean.total / 4 * (i == k) for i, t in enumerate(clean.layers)))
+                for k in range(len(clean.layers))
+            ]
+            found.append(Laps(late, late))
+        return found
+
+    quiet = measure(model, family_of(model.config), REQUEST, timer=stairs)
+    table = measure(model, family_of(model.config), REQUEST, timer=timer, again=True)
+    assert table.prefill.outside == pytest.approx(1.25 * quiet.prefill.outside)
+    assert table.decode.mlp == pytest.approx([1.25 * t for t in quiet.decode.mlp])
+    assert (quiet.check, table.check) == (0, pytest.approx(0, abs=1e-9))
+
+
 def test_threads_are_part_of_the_key() -> None:
     model: Any = tiny("llama")
     family, grid = family_of(model.config), grid_of(dims(model.config))
@@ -184,6 +206,23 @@ def test_threads_are_part_of_the_key() -> None:
     assert one["device"].startswith("cpu, ")
     weights = latency.key_of(tiny("llama", seed=1), family, REQUEST, grid)
     assert {**weights, "threads": 1} == one
+
+
+def test_prompt_and_mean_steps_add_up_to_the_request() -> None:
+    class Uneven(Counting):
+        """Every second reading says that ten more have passed."""
+
+        n = 0
+
+        def read(self) -> list[float]:
+            self.n += 1
+            return [span + 10 * (self.n % 2) for span in super().read()]
+
+    model: Any = tiny("llama")
+    (found,) = time_models([model], Request(6, 2, 4), rounds=1, clock=Uneven())
+    assert [lap.total for lap in found.prefill] == [0.0]  # five readings in the round that warms up, then five more
+    assert [lap.total for lap in found.decode] == [5.0]
+    assert found.requests(Request(6, 2, 4)) == [20.0]
 
 
 def test_two_models_are_compared_in_turns() -> None:

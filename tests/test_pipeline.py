@@ -127,7 +127,7 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             return Lap(2.0, tuple(0.1 + sum(p.numel() for p in layer.parameters()) / 1e4 for layer in layers))
 
         doors = given.get("doors") or [model.model.layers for model in models]
-        return [Laps([lap(layers)], [[lap(layers)]]) for layers in doors]
+        return [Laps([lap(layers)], [lap(layers)]) for layers in doors]
 
     monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("prunus.latency.time_models", time_models)
