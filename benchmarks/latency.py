@@ -4,7 +4,8 @@
 
 Probes, the dense model and all networks take turns in the same rounds, so that other load on the machine falls on all
 of them; every figure is a median. Networks are random points of the search space at each share of the blocks'
-parameters: ragged ones (sub-layers are dropped too), and uniform ones.
+parameters: ragged ones (sub-layers are dropped too), and uniform ones. `--clock cpu` counts the processor time of this
+process, for a machine whose cores others use too; with one thread it is the wall clock's where the machine is idle.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import shlex
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch
 
 from prunus import costs, pictures
 from prunus.families import dims, family_of, full
-from prunus.latency import Laps, assemble, build, key_of, plan, time_models
+from prunus.latency import Laps, WallClock, assemble, build, clock_of, key_of, plan, time_models
 from prunus.loading import load
 from prunus.machine import environment, words
 from prunus.moves import Prices, scatter
@@ -34,6 +36,13 @@ from prunus.subnetwork import SubNetwork
 from prunus.timetable import Phase, Request, Timetable, grid_of
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+class ProcessorClock(WallClock):
+    """Processor time of this process, in all its threads."""
+
+    def mark(self) -> None:
+        self.marks.append(1e3 * time.process_time())
 
 
 def networks(model: Any, layout: costs.Layout, keep: list[float]) -> dict[str, SubNetwork]:
@@ -156,6 +165,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--generate", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--picture", type=Path, help="draw the table's stairs: FILE.png and FILE.svg")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "latency.json")
     options = parser.parse_args()
@@ -175,6 +185,7 @@ def main() -> int:
             request,
             rounds=options.rounds,
             doors=[layers_of(probe, family) for probe in probes],
+            clock=ProcessorClock(model.device) if options.clock == "cpu" else clock_of(model.device),
             advance=advance,
         )
     key = key_of(model, family, request, grid)
@@ -187,7 +198,8 @@ def main() -> int:
     rows = rows_of(table, layout, dense, timed, width)
     arguments = [re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:]]
     note = f"Requests of {request.batch} x {request.prompt} tokens, {request.generate} generated; {options.rounds} "
-    note += f"rounds; {key['dtype']}, {key['threads']} threads. Unrest of the machine {table.spread:.1%}."
+    note += f"rounds; {key['dtype']}, {key['threads']} threads, {options.clock} clock. "
+    note += f"Unrest of the machine {table.spread:.1%}."
     results = {
         "command": shlex.join(["python", "benchmarks/latency.py", *arguments]),
         "machine": words(),

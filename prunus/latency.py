@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunus import costs
 from prunus.errors import UserError
@@ -45,6 +45,7 @@ from prunus.timetable import (
 )
 
 ROUNDS = 7  # after one that warms up
+COPIES = 2  # layers that each width is measured in
 EMPTY = LayerShape(0, 0, 0)  # in a probe: a layer that is there and does nothing
 UNTIMED = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")  # keys of a configuration
 
@@ -104,22 +105,23 @@ def clock_of(device: torch.device) -> Clock:
 
 @dataclass(frozen=True)
 class Lap:
-    """Milliseconds of one forward: in each layer, and outside of them."""
+    """Milliseconds of one forward: in each layer, outside of them, and what neither accounts for."""
 
     outside: float
     layers: tuple[float, ...] = ()
+    lost: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.outside + sum(self.layers)
+        return self.outside + sum(self.layers) + self.lost
 
 
 @dataclass(frozen=True)
 class Laps:
-    """One model in every round: its prompt, and the mean of its decoding steps.
+    """One model in every round: its prompt, and its decoding step.
 
-    The mean, because interruptions by other programs are rare in a short step and still cost the request their share:
-    so prompt and steps add up to the request.
+    A step's total is the mean of the round's, because interruptions by other programs are rare in a short step and
+    still cost the request their share: so prompt and steps add up to the request. Its layers are medians.
     """
 
     prefill: list[Lap]
@@ -204,13 +206,14 @@ def key_of(model: Any, family: Family, request: Request, grid: Grid) -> dict[str
 
 
 def plan(grid: Grid, n_layers: int) -> list[Probe]:
-    """Which shape every layer of every probe has: every part of the grid alone, in mixed order, behind a whole layer.
+    """Which shape every layer of every probe has: every part of the grid alone, COPIES times, in mixed order.
 
     Each probe has an empty layer too. Its first layer has both parts and is not used: an attention must stand there,
     and what comes first also waits for what the embedding left behind.
     """
     heads = [(kv, q) for kv in grid.kv_heads for q in grid.q_per_kv]
     alone = [LayerShape(kv, q, 0) for kv, q in heads] + [LayerShape(0, 0, w) for w in grid.mlp]
+    alone *= COPIES
     random.Random(0).shuffle(alone)
     n = -(-len(alone) // max(1, n_layers - 2))
     first = LayerShape(*heads[-1], grid.mlp[-1])
@@ -253,7 +256,7 @@ def assemble(
     """The table from what the clock said; the dense model's laps, which come last, only check it.
 
     On a machine that others use too, the median of a short span knows nothing of the interruptions that every whole
-    forward has. So the times of a phase are scaled to let the probes as a whole take what they took; by 1, where the
+    forward has. So the layers of a phase are scaled to let the probes as a whole take what they took; by 1, where the
     machine is quiet.
     """
     phases: tuple[Phase, ...] = ("prefill", "decode")
@@ -266,10 +269,10 @@ def assemble(
             for i, shape in enumerate(probe):
                 spans.setdefault(shape, []).extend(lap.layers[i] for lap in own)
             unrest.append(_unrest([lap.total for lap in own]))
-        scale = statistics.median(_total(own) / _median_lap(own).total for own in all_laps)
+        scale = statistics.median(map(_interrupted, all_laps))
         found = {shape: scale * statistics.median(values) for shape, values in spans.items()}
         heads = [[found[LayerShape(kv, q, 0)] for q in grid.q_per_kv] for kv in grid.kv_heads]
-        outside = scale * statistics.median(lap.outside for own in all_laps for lap in own)
+        outside = statistics.median(lap.outside for own in all_laps for lap in own)
         widths = rising([found[LayerShape(0, 0, w)] for w in grid.mlp])
         times[phase] = Times(outside, found[EMPTY], rising_table(heads), tuple(widths))
     spread = statistics.median(unrest)
@@ -281,9 +284,11 @@ def _total(laps: Sequence[Lap]) -> float:
     return statistics.median(lap.total for lap in laps)
 
 
-def _median_lap(laps: Sequence[Lap]) -> Lap:
+def _interrupted(laps: Sequence[Lap]) -> float:
+    """By how much all layers together take longer than the medians of each."""
     inside = zip(*(lap.layers for lap in laps), strict=True)
-    return Lap(statistics.median(lap.outside for lap in laps), tuple(map(statistics.median, inside)))
+    medians: float = sum(statistics.median(spans) for spans in inside)
+    return (_total(laps) - statistics.median(lap.outside for lap in laps)) / medians
 
 
 def _unrest(values: Sequence[float]) -> float:
@@ -306,7 +311,7 @@ def time_models(
     clock: Clock | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[Laps]:
-    """Run a request on every model in turns, `rounds` times after one that warms up.
+    """Run a request on every model in turns, prompt by prompt and step by step, `rounds` times after a warm-up.
 
     doors: the layers of each model, to be timed one by one; without them only whole forwards are.
     """
@@ -315,8 +320,7 @@ def time_models(
     hooks = [hook for layers in doors or () for hook in _doors(layers, clock)]
     try:
         for n in range(rounds + 1):
-            for model, laps in zip(models, found, strict=True):
-                prefill, decode = _request(model, request, clock)
+            for laps, prefill, decode in zip(found, *_round(models, request, clock), strict=True):
                 if n:
                     laps.prefill.append(prefill)
                     laps.decode.append(decode)
@@ -337,28 +341,36 @@ def _doors(layers: nn.ModuleList, clock: Clock) -> list[Any]:
     return [layer.register_forward_pre_hook(ring) for layer in layers] + [layers[-1].register_forward_hook(ring)]
 
 
-def _request(model: Any, request: Request, clock: Clock) -> tuple[Lap, Lap]:
-    """The prompt, and the mean decoding step, with what chooses its token."""
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(int(model.config.vocab_size), (request.batch, request.prompt), generator=generator).to(device)
-
-    def forward(ids: Any, cache: Any) -> tuple[Any, Lap]:
-        clock.mark()
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        step = out.logits[:, -1:].argmax(-1)
-        clock.mark()
-        spans = clock.read()
-        lap = Lap(spans[0]) if len(spans) == 1 else Lap(spans[0] + spans[-1], tuple(spans[1:-1]))
-        return (step, out.past_key_values), lap
-
-    (step, cache), prefill = forward(ids, None)
-    decode = []
+def _round(models: Sequence[Any], request: Request, clock: Clock) -> tuple[list[Lap], list[Lap]]:
+    """Every model's prompt and decoding step; steps take turns too, so that all models see the same machine."""
+    generator, device = torch.Generator().manual_seed(0), next(models[0].parameters()).device
+    ids = torch.randint(int(models[0].config.vocab_size), (request.batch, request.prompt), generator=generator)
+    going = [_forward(model, ids.to(device), None, clock) for model in models]
+    prefill = [lap for _, _, lap in going]
+    steps: list[list[Lap]] = [[] for _ in models]
     for _ in range(max(1, request.generate)):
-        (step, cache), lap = forward(step, cache)
-        decode.append(lap)
-    inside = zip(*(lap.layers for lap in decode), strict=True)
-    return prefill, Lap(statistics.fmean(lap.outside for lap in decode), tuple(map(statistics.fmean, inside)))
+        for i, model in enumerate(models):
+            going[i] = _forward(model, *going[i][:2], clock)
+            steps[i].append(going[i][2])
+    return prefill, [_typical(own) for own in steps]
+
+
+def _forward(model: Any, ids: Tensor, cache: Any, clock: Clock) -> tuple[Tensor, Any, Lap]:
+    """One forward with what chooses the next token: that token, the cache, the time."""
+    clock.mark()
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token: Tensor = out.logits[:, -1:].argmax(-1)
+    clock.mark()
+    spans = clock.read()
+    lap = Lap(spans[0]) if len(spans) == 1 else Lap(spans[0] + spans[-1], tuple(spans[1:-1]))
+    return token, out.past_key_values, lap
+
+
+def _typical(laps: Sequence[Lap]) -> Lap:
+    """Medians, and what they leave of the mean."""
+    inside = zip(*(lap.layers for lap in laps), strict=True)
+    middle = Lap(statistics.median(lap.outside for lap in laps), tuple(map(statistics.median, inside)))
+    return replace(middle, lost=statistics.fmean(lap.total for lap in laps) - middle.total)
 
 
 def compare(dense: nn.Module, small: nn.Module, request: Request, *, rounds: int = ROUNDS) -> dict[str, float]:

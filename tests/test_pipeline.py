@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunus.config import CompressConfig, resolve
+from prunus import loading
+from prunus.config import KEEP, CompressConfig, resolve
 from prunus.errors import UserError
 from prunus.latency import Lap, Laps
 from prunus.pipeline import compress, step
+from prunus.run import Run
 from prunus.timetable import Request
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -126,8 +129,7 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         def lap(layers: Any) -> Lap:
             return Lap(2.0, tuple(0.1 + sum(p.numel() for p in layer.parameters()) / 1e4 for layer in layers))
 
-        doors = given.get("doors") or [model.model.layers for model in models]
-        return [Laps([lap(layers)], [lap(layers)]) for layers in doors]
+        return [Laps([lap(model.model.layers)], [lap(model.model.layers)]) for model in models]
 
     monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("prunus.latency.time_models", time_models)
@@ -203,6 +205,15 @@ def test_a_finished_run_takes_no_second_kind_of_target(run: tuple[Path, dict[str
     with pytest.raises(UserError, match=r"one kind of target, given keep 0\.8 0\.6.* and budget\.speedup"):
         step(out, "search", {"budget.speedup": (1.5,)})
     assert (out / "manifest.json").read_text() == before
+
+
+def test_the_default_shares_give_way_to_a_budget(counted: Path, tmp_path: Path) -> None:
+    out, shares = tmp_path / "run", config(keep=KEEP)
+    with Run.open(out, shares.to_dict(), asdict(loading.load(str(MODEL)).source)):
+        pass
+    found = step(out, "search", {"budget.speedup": (1.4,), "budget.prompt": 32, "budget.generate": 8})
+    assert [n["name"] for n in found["chosen"]] == ["speedup-1.4"]
+    assert json.loads((out / "manifest.json").read_text())["config"]["keep"] == []
 
 
 def test_a_setting_that_the_search_cannot_serve_is_refused(tmp_path: Path) -> None:
