@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import statistics
 import time
@@ -46,10 +47,12 @@ from prunus.timetable import (
 
 ROUNDS = 7  # after one that warms up
 COPIES = 2  # layers that each width is measured in
+TRUST = 0.1  # error for the dense model, or unrest of the machine, above which a table is not to be trusted
 EMPTY = LayerShape(0, 0, 0)  # in a probe: a layer that is there and does nothing
 UNTIMED = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")  # keys of a configuration
 
 Probe = tuple[LayerShape, ...]
+log = logging.getLogger(__name__)
 
 
 class Clock(Protocol):
@@ -182,6 +185,13 @@ def measure(
         laps = timer(probes)
     table = assemble(key, request, full(model.config), grid, probes, laps)
     remember(table)
+    if max(table.check, table.spread) > TRUST:
+        log.warning(
+            "the machine was busy while its table was measured: whole forwards varied by %.0f %%, and for the dense "
+            "model the table is off by %.0f %%; on a quiet machine, `prunus latency MODEL --again` makes a better one",
+            100 * table.spread,
+            100 * table.check,
+        )
     return table
 
 

@@ -181,7 +181,7 @@ def _times(data: ReportData) -> str:
             "![quality against milliseconds of a request](report/latency.png)",
             f"One request: {request['batch']} x {request['prompt']} tokens of prompt, then {request['generate']} "
             f"tokens for each, in {key['runtime']} on {key['device']} ({key['dtype']}"
-            + (f", {key['threads']} threads" if key["threads"] else "")
+            + (f", threads: {key['threads']}" if key["threads"] else "")
             + "). Predicted times are sums from the table of this device below; measured ones are medians of runs in "
             "turns with the dense model, at another moment: speed-ups can be compared better than milliseconds.",
             table(["network", *columns], rows),

@@ -196,6 +196,23 @@ def test_interruptions_that_single_layers_forget_are_scaled_in() -> None:
     assert (quiet.check, table.check) == (0, pytest.approx(0, abs=1e-9))
 
 
+def test_a_table_of_a_busy_machine_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = tiny("llama")
+
+    def quiet(probes: Sequence[Probe]) -> list[Laps]:
+        return [Laps(laps.prefill[:2], laps.decode[:1]) for laps in stairs(probes)]
+
+    def busy(probes: Sequence[Probe]) -> list[Laps]:
+        *laps, dense = quiet(probes)
+        return [*laps, Laps([Lap(2 * lap.total) for lap in dense.prefill], dense.decode)]
+
+    measure(model, family_of(model.config), REQUEST, timer=quiet, again=True)
+    assert not caplog.text
+    table = measure(model, family_of(model.config), REQUEST, timer=busy, again=True)
+    assert table.check == 0.5
+    assert "varied by 0 %, and for the dense model the table is off by 50 %" in caplog.text
+
+
 def test_threads_are_part_of_the_key() -> None:
     model: Any = tiny("llama")
     family, grid = family_of(model.config), grid_of(dims(model.config))
