@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prunus.config import ANYWHERE, STEPS, settings
+from prunus.targets import LIMITS
 
+TARGETS = ("keep", *(f"budget.{kind}" for kind in LIMITS))  # more of the same kind only add networks
 FIRST = {"report": "evaluate"}  # a verb that does more than the step of its name: the first step that is its own
 
 
@@ -25,8 +27,8 @@ def is_free(key: str) -> bool:
 
 def only_adds(key: str, old: Any, new: Any) -> bool:
     """True if the new value leaves all that was made from the old one right: more ratios, a first test text."""
-    if key == "keep":
-        return set(old or ()) <= set(new or ())
+    if key in TARGETS:
+        return bool(old) and set(old) <= set(new or ())
     return key == "test_text" and old is None and new is not None
 
 
@@ -36,7 +38,7 @@ def first_touched(
     """The first step that a change of these dotted keys makes stale, or None; more ratios touch only the report."""
     touched = []
     for key in keys:
-        if key == "keep" and only_adds(key, old.get(key), new.get(key)):
+        if key in TARGETS and only_adds(key, old.get(key), new.get(key)):
             touched.append("report")
         elif not is_free(key) and key != "model":
             touched.append(step_of(key, steps))

@@ -1,4 +1,4 @@
-"""Floor 5: the step `search`: a sub-network for every keep ratio, from the knapsack's start to the search's answer."""
+"""Floor 5: the step `search`: a sub-network for every target, from the knapsack's start to the search's answer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from prunus.allocate import allocate
 from prunus.steps import RUNGS, Prepared, Session, slack
 from prunus.study import Record
 from prunus.subnetwork import SubNetwork
+from prunus.targets import TIMES, Target
+
+ATTEMPTS = 4  # of the knapsack, where costs do not quite add up
 
 
-def search_one(s: Session, p: Prepared, keep: float, starts: Sequence[SubNetwork]) -> SubNetwork:
-    """The sub-network for one keep ratio; starts: networks of other ratios, which the search may begin from."""
+def search_one(s: Session, p: Prepared, target: Target, starts: Sequence[SubNetwork]) -> SubNetwork:
+    """The sub-network for one target; starts: networks of other targets, which the search may begin from."""
 
     def compute() -> dict[str, Any]:
+        keep = s.share(target)
         low, high = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=slack(s))
         seeds = [*allocated(s, p, high), *starts]
         window = min(low, *(s.cost(sub) for sub in seeds[:1])), high  # coarse spaces may not come nearer
         record = open_record(s, p)
         before = p.objective.forward_tokens
-        found = _run_method(s, p, keep, window, seeds, record)
+        found = _run_method(s, p, target, window, seeds, record)
         s.run.count_tokens(int(p.objective.forward_tokens - before))
         return {
             "keep": keep,
@@ -36,7 +40,8 @@ def search_one(s: Session, p: Prepared, keep: float, starts: Sequence[SubNetwork
         }
 
     inputs = {"errors": s.run.sha256("errors.safetensors"), "starts": [sub.key() for sub in starts]}
-    found = s.run.do("search", f"search/{s.name(keep)}.json", compute, inputs=inputs)
+    inputs |= {"latency": s.run.sha256("latency.json")} if s.config.constraint in TIMES else {}
+    found = s.run.do("search", f"search/{target.name}.json", compute, inputs=inputs)
     return SubNetwork.from_json(found["subnetwork"])
 
 
@@ -53,12 +58,12 @@ def open_record(s: Session, p: Prepared) -> Record:
 
 
 def _run_method(
-    s: Session, p: Prepared, keep: float, window: tuple[float, float], seeds: Sequence[SubNetwork], record: Record
+    s: Session, p: Prepared, target: Target, window: tuple[float, float], seeds: Sequence[SubNetwork], record: Record
 ) -> search.Found:
     """The search that the configuration names."""
     c, seed = s.config.search, s.config.seed
     settings = search.LevelSettings(generations=c.generations, offspring=c.offspring)
-    with s.progress(f"search for {keep:g}", c.generations) as advance:
+    with s.progress(f"search for {target.name}", c.generations) as advance:
 
         def tick(_: str) -> None:
             advance(1)
@@ -75,8 +80,8 @@ def _run_method(
         if c.method == "shen":
             published = shen.ShenSettings.sized(c.population, c.generations)
             return shen.shen(
-                p.space, p.objective, s.cost, window, target=keep, seed=seed, record=record, settings=published,
-                progress=tick,
+                p.space, p.objective, s.cost, window, target=s.share(target), seed=seed, record=record,
+                settings=published, progress=tick,
             )  # fmt: skip
         return _nsga2(s, p, window, seeds, record, tick)
 
@@ -89,7 +94,7 @@ def _nsga2(
     record: Record,
     tick: Callable[[str], None],
 ) -> search.Found:
-    """Optuna's NSGA-II inside the window of one keep ratio; the best of its front."""
+    """Optuna's NSGA-II inside the window of one target; the best of its front."""
     c = s.config.search
     found = search.nsga2(
         p.space, p.objective, s.cost, budget=window, start=seeds, n_trials=c.generations * c.offspring,
@@ -118,8 +123,25 @@ def allocated(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
             )
             for c in p.curves
         ]
-    found = allocate(price, [curve.nats for curve in p.curves], budget - rest)
-    return [sensitivity.subnetwork_of(p.curves, found.levels, s.whole.hidden)]
+    return [_within(s, p, price, budget, rest)]
+
+
+def _within(s: Session, p: Prepared, price: Sequence[Sequence[float]], budget: float, rest: float) -> SubNetwork:
+    """The knapsack's answer; where prices of single levels do not quite add up (a layer that goes whole saves its
+    frame too), it is asked again with what the true cost left over."""
+    asked, least = budget - rest, sum(min(one) for one in price)
+    best: SubNetwork | None = None
+    for _ in range(ATTEMPTS):
+        found = allocate(price, [curve.nats for curve in p.curves], max(asked, least))
+        sub = sensitivity.subnetwork_of(p.curves, found.levels, s.whole.hidden)
+        spare = budget - s.cost(sub)
+        fits = spare >= -1e-12 * budget
+        if fits and (best is None or sensitivity.predict(p.curves, sub) < sensitivity.predict(p.curves, best)):
+            best = sub
+        if fits and spare <= slack(s) * budget:
+            break
+        asked += spare
+    return best or sub
 
 
 def _allocated_uniform(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:

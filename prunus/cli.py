@@ -14,15 +14,17 @@ import click
 
 from prunus.artefact import trouble
 from prunus.changes import FIRST
-from prunus.config import ANYWHERE, Setting, overrides, resolve, settings
+from prunus.config import ANYWHERE, overrides, resolve, settings
 from prunus.errors import UserError
 from prunus.machine import environment
+from prunus.setting import Setting
+from prunus.targets import LIMITS
 from prunus.terminal import Terminal, calm_libraries
 
 if TYPE_CHECKING:
     from prunus.calibration import Join
 
-MANY = ("--keep",)  # flags that take several values after one flag
+MANY = ("--keep", *(f"--{kind.replace('_', '-')}" for kind in LIMITS))  # flags that take several values after one
 COMMON = ("device", "dtype", "seed")
 RESUMABLE = ("compress", "score", "reform", "search", "extract", "report")
 
@@ -52,7 +54,7 @@ class Flag(click.Option):
         section = setting.key.rpartition(".")[0]
         self.group = group or (section.capitalize() if section else "Model and outcome")
         flag = f"--{name or setting.flag}"
-        default = "" if setting.default is None or name else f"  [default: {setting.shown}]"
+        default = "" if setting.default in (None, ()) or name else f"  [default: {setting.shown}]"
         is_switch = setting.plain is bool
         super().__init__(
             [f"{flag}/--no-{flag[2:]}" if is_switch else flag, setting.key.replace(".", "__")],
@@ -282,6 +284,27 @@ def check(model: str, **parameters: Any) -> None:
     terminal.result(inspect_model(config), parameters["json"])
 
 
+@flags("budget.runtime", "budget.prompt", "budget.batch", "budget.generate", "revision", "trust_remote_code")
+@app.command(cls=Verb)
+@click.argument("model")
+@click.option("--step", type=click.IntRange(1), help="neurons between two MLP widths that are measured")
+@click.option("--again", is_flag=True, help="measure again, although the cache has this table")
+@click.option("--picture", metavar="FILE", help="draw the stairs: FILE.png and FILE.svg")
+def latency(model: str, step: int | None, again: bool, picture: str | None, **parameters: Any) -> None:
+    """How long every width of MODEL takes on this device: the table that budgets in milliseconds go by.
+
+    It is kept in the user's cache ($PRUNUS_CACHE), and measured again where device, threads, dtype, shapes, request or
+    versions are others.
+    """
+    config = resolve(parameters["config"], {**given(parameters), "model": model})
+    terminal = Terminal(parameters["quiet"])
+    from prunus.inspection import inspect_latency
+
+    calm_libraries()
+    found = inspect_latency(config, step=step, again=again, picture=picture, progress=terminal.progress())
+    terminal.result(found, parameters["json"])
+
+
 @flags("revision", "trust_remote_code")
 @app.command(cls=Verb)
 @click.argument("checkpoint")
@@ -380,7 +403,7 @@ def _step(name: str, sentence: str) -> click.Command:
 
 _step("score", "How important is each unit? The first step of a run, after its calibration text.")
 _step("reform", "Errors and weights of every level of every sub-layer.")
-_step("search", "The widths to keep, for every ratio.")
+_step("search", "The widths to keep, for every target.")
 _step("extract", "The checkpoints of the networks that the search chose.")
 _step("report", "Figures, pictures and report.md of a run.")
 

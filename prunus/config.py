@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -20,25 +19,12 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from prunus.errors import UserError
+from prunus.setting import Setting, setting
+from prunus.targets import LIMITS, Kind, Target
 
 STEPS = ("calibrate", "score", "reform", "search", "extract", "evaluate", "report")  # in the order they run
+KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 ANYWHERE = "anywhere"  # the step of settings that say where to compute, not what: they may differ on an existing run
-
-
-def setting(
-    default: Any = dataclasses.MISSING,
-    help: str = "",
-    *,
-    step: str,
-    flag: str | None = None,
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-) -> Any:
-    """A dataclass field that knows what a person asks about it; the range is low <= value <= high, value > above."""
-    return field(
-        default=default, metadata={"help": help, "step": step, "flag": flag, "low": low, "above": above, "high": high}
-    )
 
 
 class _Section:
@@ -185,12 +171,71 @@ class SearchConfig(_Section):
 
 
 @dataclass(frozen=True)
+class BudgetConfig(_Section):
+    """Targets in milliseconds, tokens per second or megabytes, instead of shares to keep."""
+
+    prefix: ClassVar[str] = "budget."
+    speedup: tuple[float, ...] = setting(
+        (), "how many times faster than the dense model one request is to be, by the table of this device",
+        step="search", flag="speedup", above=1,
+    )  # fmt: skip
+    latency_ms: tuple[float, ...] = setting(
+        (), "milliseconds of one request on this device: its prompt and what is generated",
+        step="search", flag="latency-ms", above=0,
+    )  # fmt: skip
+    tokens_per_second: tuple[float, ...] = setting(
+        (), "tokens that this device is to decode in a second, all sequences of the batch together",
+        step="search", flag="tokens-per-second", above=0,
+    )  # fmt: skip
+    memory_mb: tuple[float, ...] = setting(
+        (), "megabytes (10^6 bytes) of weights and KV cache at --context",
+        step="search", flag="memory-mb", above=0,
+    )  # fmt: skip
+    runtime: Literal["torch"] = setting(
+        "torch", "the program that times are measured in: torch only, so far", step="search", flag="runtime"
+    )
+    prompt: int = setting(512, "tokens in the prompt of a request", step="search", flag="prompt", low=1)
+    batch: int = setting(2, "sequences in a request", step="search", flag="batch", low=1)
+    generate: int = setting(
+        64, "tokens that a request generates; 0: the prompt alone", step="search", flag="generate", low=0
+    )
+    context: int | None = setting(
+        None, "tokens in the KV cache, for --memory-mb; `none` for prompt and generated tokens of the request",
+        step="search", flag="context", low=1,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if str(self.runtime) == "llama.cpp":
+            raise UserError(
+                "times are measured in torch only: tables of llama.cpp are not there yet. Leave --runtime out; what "
+                "`prunus export` writes can be timed with llama-bench"
+            )
+        super().__post_init__()
+        for kind in LIMITS:
+            values = getattr(self, kind)
+            if len(set(values)) != len(values):
+                raise UserError(f"each target counts once, given budget.{kind} {_text(values)}")
+        kinds = [kind for kind in LIMITS if getattr(self, kind)]
+        if len(kinds) > 1:
+            raise UserError(f"a run has one kind of target, given {' and '.join(kinds)}; start a run for each")
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The targets that were given, the mildest first."""
+        for kind in LIMITS:
+            values = sorted(getattr(self, kind), reverse=kind in ("latency_ms", "memory_mb"))
+            if values:
+                return tuple(Target(kind, value) for value in values)
+        return ()
+
+
+@dataclass(frozen=True)
 class CompressConfig(_Section):
     """Everything that decides what `compress` makes of a model; where it is written is not part of it."""
 
     model: str = setting(help="a hub id, a local directory, a .gguf file, or `demo`", step="calibrate")
     keep: tuple[float, ...] = setting(
-        (0.9, 0.8, 0.7, 0.6, 0.5),
+        KEEP,
         "shares to keep, one checkpoint for each",
         step="search",
         flag="keep",
@@ -226,19 +271,42 @@ class CompressConfig(_Section):
     score: ScoreConfig = field(default_factory=ScoreConfig)
     reform: ReformConfig = field(default_factory=ReformConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.budget.targets:
+            self._check_budget()
+            object.__setattr__(self, "keep", ())
+            return
         if len(set(self.keep)) != len(self.keep):
             raise UserError(f"each keep ratio counts once, given {_text(self.keep)}; leave the repeated one out")
         if not self.keep:
             raise UserError("keep is empty; give at least one ratio in (0, 1], as in --keep 0.8")
         object.__setattr__(self, "keep", tuple(sorted(self.keep, reverse=True)))
 
+    def _check_budget(self) -> None:
+        kind = self.budget.targets[0].kind
+        if self.keep and self.keep != KEEP:  # the default gives way
+            raise UserError(
+                f"a run has one kind of target, given keep {_text(self.keep)} and budget.{kind}; start a run for each"
+            )
+        if self.search.constraint:
+            raise UserError(
+                f"search.constraint says what --keep is a share of; budget.{kind} limits a cost of its own, so leave "
+                f"search.constraint out, given {self.search.constraint}"
+            )
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What the networks are asked to come to, the mildest first."""
+        return self.budget.targets or tuple(Target("keep", keep) for keep in self.keep)
+
     @property
     def constraint(self) -> str:
-        """What a keep ratio counts."""
-        return self.search.constraint or f"parameters-{self.keep_of}"
+        """The cost that the targets limit: what a keep ratio counts, or the cost of a budget."""
+        kind: Kind = self.targets[0].kind
+        return LIMITS.get(kind) or self.search.constraint or f"parameters-{self.keep_of}"
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data, every default written out."""
@@ -256,105 +324,6 @@ class CompressConfig(_Section):
             own = {key.partition(".")[2]: v for key, v in flat.items() if key.startswith(f"{name}.")}
             values[name] = section(**own)
         return cls(**{key: v for key, v in flat.items() if "." not in key}, **values)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of the configuration: its dotted key, its type, and what a value must be."""
-
-    key: str
-    type: Any
-    default: Any  # dataclasses.MISSING where it must be given
-    help: str
-    step: str
-    flag: str | None  # its name on the command line, without dashes; others are reached by --set key=value
-    low: float | None
-    above: float | None
-    high: float | None
-
-    @property
-    def choices(self) -> tuple[Any, ...]:
-        """The values of a Literal type, empty for others."""
-        return typing.get_args(self.plain) if typing.get_origin(self.plain) is Literal else ()
-
-    @property
-    def plain(self) -> Any:
-        """The type without `| None`."""
-        if isinstance(self.type, types.UnionType) or typing.get_origin(self.type) is typing.Union:
-            return next(t for t in typing.get_args(self.type) if t is not types.NoneType)
-        return self.type
-
-    def parse(self, value: Any) -> Any:
-        """The value as its type, from Python, YAML or a flag's text; raises UserError naming the key and the rule."""
-        if self.plain is not self.type and (value is None or value == "none"):
-            return None
-        if typing.get_origin(self.plain) is tuple:
-            items = value.replace(",", " ").split() if isinstance(value, str) else value
-            items = items if isinstance(items, list | tuple) else [items]
-            return tuple(self._one(float, item) for item in items)
-        if self.choices:
-            if value not in self.choices:
-                raise UserError(f"{self.key} is one of {', '.join(self.choices)}; given {value!r}{self._guess(value)}")
-            return value
-        return self._one(self.plain, value)
-
-    def _one(self, kind: Any, value: Any) -> Any:
-        number = _as(kind, value)
-        if number is None:
-            what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-            raise UserError(f"{self.key} is {what}; given {value!r}")
-        if kind in (int, float) and not self._inside(number):
-            percent = self.key == "keep" and 1 < number <= 100
-            hint = f"; for {number:g} per cent write {number / 100:g}" if percent else ""
-            raise UserError(f"{self.key} lies in {self.range}; given {number:g}{hint}")
-        return number
-
-    def _inside(self, number: float) -> bool:
-        return (
-            math.isfinite(number)
-            and (self.low is None or number >= self.low)
-            and (self.above is None or number > self.above)
-            and (self.high is None or number <= self.high)
-        )
-
-    @property
-    def shown(self) -> str:
-        """The default as it is typed; empty where it must be given."""
-        if self.default is dataclasses.MISSING:
-            return ""
-        if isinstance(self.default, tuple):
-            return " ".join(f"{x:g}" for x in self.default)
-        return "none" if self.default is None else str(self.default).lower()
-
-    @property
-    def range(self) -> str:
-        """The allowed interval, as mathematicians write it; empty where every value will do."""
-        if self.low is None and self.above is None and self.high is None:
-            return ""
-        left = f"({self.above:g}" if self.above is not None else "(-inf" if self.low is None else f"[{self.low:g}"
-        return f"{left}, inf)" if self.high is None else f"{left}, {self.high:.10g}]"
-
-    def _guess(self, value: Any) -> str:
-        near = difflib.get_close_matches(str(value), [str(c) for c in self.choices], 1)
-        return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _as(kind: Any, value: Any) -> Any:
-    """value as an int, float, bool or str, or None where it is not one; "1e-3" is text to YAML 1.1, a number to us."""
-    if kind is bool:
-        named = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-        return value if isinstance(value, bool) else named.get(str(value).lower())
-    if kind is str:
-        return value if isinstance(value, str) and value else None
-    if isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-        if kind is float:
-            return number
-        return int(value) if isinstance(value, int | str) else int(number) if number.is_integer() else None
-    except (TypeError, ValueError, OverflowError):
-        return None
 
 
 @cache

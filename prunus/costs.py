@@ -1,4 +1,4 @@
-"""Floor 1: what a sub-network costs, from shapes alone: parameters, bytes, FLOPs. Needs no weights.
+"""Floor 1: what a sub-network costs, from shapes alone: parameters, bytes, FLOPs, memory. Needs no weights.
 
 Every count is a polynomial of four widths (hidden, KV groups, query heads per group, neurons) whose coefficients come
 from the family table once; a candidate of 30 layers then costs some microseconds.
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -44,6 +44,7 @@ class Layout:
     n_layers: int
     sizes: Mapping[tuple[int | None, Part], Polynomial]  # parameters of one part of one layer (None: outside)
     matrices: Mapping[tuple[int | None, Part], Polynomial]  # the same, only weights that every token is multiplied by
+    windows: tuple[int | None, ...] = ()  # tokens that the attention of each layer looks back on; None: all
 
 
 def layout(model: nn.Module, family: Family) -> Layout:
@@ -58,7 +59,16 @@ def layout(model: nn.Module, family: Family) -> Layout:
         n_layers=len(layers_of(model, family)),
         sizes=_by_part((e for e in entries if e.ties is None), whole),
         matrices=_by_part(multiplied, whole),
+        windows=tuple(_windows(model.config, len(layers_of(model, family)))),
     )
+
+
+def _windows(config: Any, n_layers: int) -> Iterator[int | None]:
+    """As transformers' caches read a configuration: without a list of kinds, a window holds for all layers."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * n_layers
+    for kind in kinds:
+        yield int(window) if window and kind == "sliding_attention" else None
 
 
 def _entries(model: nn.Module, family: Family) -> Iterator[Entry]:
@@ -167,6 +177,20 @@ def decode_bytes(
     The token embedding is a look-up of one row, so it counts only where it also is the output matrix.
     """
     weights = _sum(layout, layout.matrices, sub, outer=True)
-    groups = sum(s.kv_heads for s in sub.layers if s.attends)
-    cache = 2 * groups * layout.whole["head_dim"] * context * batch
-    return round((weights + cache) * bytes_per_parameter)
+    return round(weights * bytes_per_parameter) + cache_bytes(layout, sub, context, batch, bytes_per_parameter)
+
+
+def cache_bytes(layout: Layout, sub: SubNetwork, context: int, batch: int = 1, bytes_per_parameter: float = 2.0) -> int:
+    """Bytes of the keys and values of `batch` sequences of `context` tokens; sliding windows keep only theirs."""
+    windows = layout.windows or (None,) * layout.n_layers
+    tokens = sum(
+        s.kv_heads * min(context, window or context) for s, window in zip(sub.layers, windows, strict=True) if s.attends
+    )
+    return round(2 * tokens * layout.whole["head_dim"] * batch * bytes_per_parameter)
+
+
+def memory_bytes(
+    layout: Layout, sub: SubNetwork, context: int, batch: int = 1, bytes_per_parameter: float = 2.0
+) -> int:
+    """Bytes that serving takes at least: weights and a full KV cache, without activations and the runtime itself."""
+    return n_bytes(layout, sub, bytes_per_parameter) + cache_bytes(layout, sub, context, batch, bytes_per_parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus import costs, machine
+from prunus import costs, latency, machine
 from prunus.choosing import open_record
 from prunus.evaluation import compare_speed, perplexity, text_ids
 from prunus.families import dims
@@ -28,7 +29,7 @@ SAMPLE_TOKENS = 60
 def network(s: Session, name: str, sub: SubNetwork) -> Network:
     """The sizes of one network, from shapes alone."""
     whole = s.whole
-    return {
+    found: Network = {
         "name": name,
         "kept_blocks": costs.parameters(s.layout, sub, "blocks") / costs.parameters(s.layout, whole, "blocks"),
         "kept_all": costs.parameters(s.layout, sub, "all") / costs.parameters(s.layout, whole, "all"),
@@ -37,6 +38,22 @@ def network(s: Session, name: str, sub: SubNetwork) -> Network:
         "hidden": sub.hidden,
         "layers": [(x.kv_heads, x.q_per_kv, x.mlp) for x in sub.layers],
         "uniform": sub.uniform,
+    }
+    found.update(_budgeted(s, sub))
+    return found
+
+
+def _budgeted(s: Session, sub: SubNetwork) -> Any:
+    """What the budget counts, by the table or exactly; nothing where the target is a share."""
+    if s.config.constraint == "memory_bytes":
+        return {"memory_bytes": int(s.cost(sub))}
+    if (table := s.timetable) is None:
+        return {}
+    ms = table.request_ms(sub)
+    return {
+        "predicted_ms": ms,
+        "predicted_speedup": table.request_ms(s.whole) / ms,
+        "predicted_tps": table.tokens_per_second(sub),
     }
 
 
@@ -61,6 +78,10 @@ def figures(s: Session, p: Prepared, name: str, sub: SubNetwork, weights: Overri
     found |= _figures(s, small)
     speed = compare_speed(s.model, small)
     found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
+    if s.timetable is not None:
+        timed = latency.compare(s.model, small, s.request)
+        found |= {"measured_ms": timed["request_ms"], "measured_speedup": timed["speedup"]}
+        found["measured_tps"] = 1000 * s.request.batch / timed["token_ms"]
     return found
 
 
@@ -204,6 +225,7 @@ def report_data(s: Session, p: Prepared, dense: Network, chosen: Mapping[str, Ne
         "machine": machine.words(),
         "prompt": PROMPT,
         "error_curves": error_curves(s, p),
+        **({"latency": json.loads(s.timetable.to_json())} if s.timetable else {}),  # type: ignore[typeddict-item]
     }
 
 

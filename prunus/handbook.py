@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from prunus.config import Setting, settings
+from prunus.config import settings
+from prunus.setting import Setting
 
 BEGIN, END = "<!-- settings: drawn by python -m prunus.handbook -->", "<!-- end of settings -->"
 KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}

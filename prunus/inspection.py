@@ -1,15 +1,19 @@
-"""Floor 5: what a model is made of, and whether it can be compressed, before anybody waits for it."""
+"""Floor 5: what a model is made of, whether it can be compressed, and how long its widths take on this device."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
-from prunus import costs
+from prunus import costs, latency, pictures
 from prunus.checkpoint import uniform_refusal
 from prunus.config import CompressConfig
 from prunus.families import dims, family_of, full
 from prunus.loading import load
 from prunus.memory import available, memory_need
+from prunus.progress import Progress, silent
+from prunus.subnetwork import SubNetwork
+from prunus.timetable import Request, Timetable, cached_path
 
 SUB_LAYERS: tuple[Literal["attention", "mlp", "block"], ...] = ("attention", "mlp", "block")
 
@@ -64,3 +68,66 @@ def inspect_model(config: CompressConfig) -> dict[str, Any]:
             {"part": name, "parameters": n, "share": f"{100 * n / total:.1f} %"} for name, n in parts.items() if n
         ],
     }
+
+
+def inspect_latency(
+    config: CompressConfig,
+    *,
+    step: int | None = None,
+    again: bool = False,
+    picture: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """The table of a model on this device, measured or from the cache: its facts, and a row for every width.
+
+    picture: where the stairs are drawn, without the suffix. Raises UserError where the model cannot be loaded, has no
+    table of a family, or does not fit.
+    """
+    budget = config.budget
+    loaded = load(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model = loaded.model
+    family = family_of(model.config)
+    request = Request(budget.prompt, budget.batch, budget.generate)
+    table = latency.measure(model, family, request, step=step, again=again, progress=progress)
+    drawn = [str(path) for path in pictures.save(pictures.staircase(table), Path(picture))] if picture else []
+    whole, key = full(model.config), table.key
+    return {
+        "model": config.model,
+        **{name: key[name] for name in ("runtime", "device", "threads", "dtype", "attention")},
+        "request": f"{request.batch} x {request.prompt} tokens of prompt, {request.generate} generated",
+        "dense_prefill_ms": table.ms(whole, "prefill"),
+        "dense_token_ms": table.ms(whole, "decode"),
+        "dense_request_ms": table.request_ms(whole),
+        "tokens_per_second": table.tokens_per_second(whole),
+        "outside_the_layers_ms": f"{table.prefill.outside:.4g} prefill, {table.decode.outside:.4g} a token",
+        "empty_layer_ms": f"{table.prefill.empty:.4g} prefill, {table.decode.empty:.4g} a token",
+        "unrest": f"{100 * table.spread:.1f} %",
+        "error_for_the_dense_model": f"{100 * table.check:.1f} %",
+        "table": str(cached_path(key)),
+        **({"picture": drawn[0]} if drawn else {}),
+        "widths": _rows(table, whole),
+    }
+
+
+def _rows(table: Timetable, whole: SubNetwork) -> list[dict[str, Any]]:
+    """Each width alone in its layer."""
+    rows = []
+    full_layer = whole.layers[0]
+    for i, kv in enumerate(table.grid.kv_heads):
+        for j, q in enumerate(table.grid.q_per_kv):
+            share = kv * q / (full_layer.kv_heads * full_layer.q_per_kv)
+            times = (table.prefill.attention[i][j], table.decode.attention[i][j])
+            rows.append(_row(f"attention {kv} x {q}", share, *times))
+    for i, width in enumerate(table.grid.mlp):
+        rows.append(_row(f"MLP {width}", width / full_layer.mlp, table.prefill.mlp[i], table.decode.mlp[i]))
+    return rows
+
+
+def _row(part: str, share: float, prefill: float, decode: float) -> dict[str, Any]:
+    return {"part": part, "share": f"{100 * share:.0f} %", "prefill_ms": prefill, "token_ms": decode}

@@ -85,13 +85,16 @@ def pick(
         s = Session(record, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
         ids, holdout = steps.calibrate(s)
         p = steps.reform_levels(s, ids, holdout, steps.score(s, ids))
-        same = config.constraint == CompressConfig.from_dict(raw).constraint
+        own = CompressConfig.from_dict(raw)
+        same = bool(own.budget.targets) or config.constraint == own.constraint
         name = f"pick-{keep:g}" if same else f"pick-{keep:g}-of-{config.keep_of}"
         return _picked(s, p, ids, keep, name, min(refit, len(ids)), measure, None if out is None else Path(out))
 
 
 def _asked(config: CompressConfig, keep_of: str | None, model: str | None, device: str | None) -> CompressConfig:
-    """The run's configuration with what a pick may change."""
+    """The run's configuration with what a pick may change; shares are of parameters where the run's targets are not."""
+    if config.budget.targets:
+        config = replace(config, budget=BudgetConfig(), keep=(0.5,))
     if keep_of is not None:
         config = CompressConfig.from_dict(
             {**config.to_dict(), "keep_of": keep_of, "search": {**asdict(config.search), "constraint": None}}

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from prunus.artefact import flush, place, writing
+from prunus.timetable import Timetable
 
 INK, GREY, BLUE = "#1b1b1b", "#8c8c8c", "#0072B2"
 MARKS: tuple[tuple[str, str], ...] = (  # colour and marker of each method, in the order of their first candidate
@@ -68,6 +69,13 @@ class Network(TypedDict):
     perplexity: NotRequired[dict[str, float]]  # text and protocol, in words -> perplexity
     prefill_speedup: NotRequired[float]  # seconds of the dense model / seconds of this one, same process
     decode_speedup: NotRequired[float]
+    memory_bytes: NotRequired[int]  # weights and KV cache, where the budget is memory
+    predicted_ms: NotRequired[float]  # one request by the table of the device, where the budget is time
+    predicted_speedup: NotRequired[float]
+    measured_ms: NotRequired[float]  # the same request, measured in turns with the dense model
+    measured_speedup: NotRequired[float]  # median of ratios of neighbouring runs
+    predicted_tps: NotRequired[float]  # tokens decoded in a second
+    measured_tps: NotRequired[float]
     uniform: NotRequired[bool]  # a stock configuration, loads without Prunus
     path: NotRequired[str]  # of the checkpoint, from the run directory
     sample: NotRequired[str]  # what it writes after the report's prompt
@@ -383,4 +391,64 @@ def errors(curves: Sequence[ErrorCurve]) -> Figure:
         axes[0].set_ylabel("reconstruction error (% of the output's energy)")
         bar = figure.colorbar(mpl.cm.ScalarMappable(scale, colours), ax=list(axes), pad=0.02, label="decoder layer")
         bar.outline.set_visible(False)
+        return figure
+
+
+# ----------------------------------------------------------------------------------------------------------- latency
+
+
+def staircase(table: Timetable) -> Figure:
+    """Milliseconds of every width that was measured, for the prompt and for one decoding step.
+
+    Each part stands in a layer without the other. The line through nothing and the full width is what a cost in
+    proportion to parameters would say.
+    """
+    grid, heads = table.grid, [(kv, q) for kv in table.grid.kv_heads for q in table.grid.q_per_kv]
+    heads.sort(key=lambda pair: (pair[0] * pair[1], pair[0]))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 6.4), layout="constrained")
+        axes = figure.subplots(2, 2)
+        for row, (times, title) in enumerate(((table.prefill, "prompt"), (table.decode, "one decoding step"))):
+            rows = {kv: dict(zip(grid.q_per_kv, times.attention[i], strict=True)) for i, kv in enumerate(grid.kv_heads)}
+            attention, mlp = axes[row]
+            mlp.plot([0, grid.mlp[-1]], [times.empty, times.mlp[-1]], color=GREY, lw=1, ls=(0, (4, 3)))
+            mlp.plot(grid.mlp, times.mlp, color=BLUE, marker="o", markersize=4, lw=1.4)
+            mlp.set_title(f"MLP, {title}")
+            mlp.set_xlabel("neurons")
+            attention.bar(range(len(heads)), [rows[kv][q] for kv, q in heads], color="#009E73", width=0.72)
+            attention.set_xticks(range(len(heads)), [f"{kv}×{q}" for kv, q in heads], rotation=90 * (len(heads) > 12))
+            attention.set_title(f"Attention, {title}")
+            attention.set_xlabel("KV groups × query heads in each")
+            for ax in (attention, mlp):
+                ax.axhline(times.empty, color=INK, lw=1, alpha=0.5)
+                ax.set_ylim(bottom=0)
+            attention.set_ylabel("ms, its layer's frame included")
+            attention.annotate("empty layer", (1, times.empty), (-2, 3), xycoords=("axes fraction", "data"),
+                               textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+        return figure
+
+
+def front_of_times(dense: Network, chosen: Sequence[Network]) -> Figure:
+    """Quality against milliseconds: KL to the dense model, where the table puts each network and where it was found."""
+    shown = sorted((n for n in chosen if "predicted_ms" in n and "kl_nats" in n), key=lambda n: n["predicted_ms"])
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.8, 4.6), layout="constrained")
+        ax = figure.subplots()
+        _square_root_scale(ax, 1.6 * max((n["kl_nats"] for n in shown), default=1.0) or 1.0)
+        found = [n for n in shown if "measured_ms" in n]
+        for n in found:
+            ax.plot([n["predicted_ms"], n["measured_ms"]], [n["kl_nats"]] * 2, color=GREY, lw=1, zorder=3)
+        ax.plot([n["predicted_ms"] for n in shown], [n["kl_nats"] for n in shown], color=BLUE, marker="o",
+                markersize=8, markerfacecolor="white", lw=1.4, zorder=4, label="by the table")  # fmt: skip
+        ax.scatter([n["measured_ms"] for n in found], [n["kl_nats"] for n in found], color=BLUE, s=55, zorder=5,
+                   label="measured")  # fmt: skip
+        for n in shown:
+            ax.annotate(n["name"], (n["predicted_ms"], n["kl_nats"]), (7, 7), textcoords="offset points", fontsize=9)
+        if "predicted_ms" in dense:
+            ax.scatter([dense["predicted_ms"]], [0.0], s=95, marker="*", color=INK, zorder=7, clip_on=False)
+            ax.annotate("dense", (dense["predicted_ms"], 0.0), (-8, 9), textcoords="offset points", ha="right")
+        ax.set_xlabel("milliseconds of one request")
+        ax.set_ylabel("KL to the dense model (nats per token)")
+        ax.set_title("Quality against time")
+        ax.legend(loc="upper right")
         return figure

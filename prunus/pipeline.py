@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunus import choosing, describe, finishing, loading, steps
-from prunus.config import CompressConfig
+from prunus.changes import TARGETS
+from prunus.config import CompressConfig, flatten
 from prunus.families import family_of
 from prunus.progress import Progress, silent
 from prunus.report import write_report
@@ -21,7 +22,7 @@ Step = Literal["score", "reform", "search", "extract", "report"]
 
 
 def compress(config: CompressConfig, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
-    """The whole method: a run directory with one checkpoint per keep ratio, and its report.
+    """The whole method: a run directory with one checkpoint per target, and its report.
 
     The same call again resumes. Returns the report's data, with the path of the report under "report".
     Raises UserError for everything that the user can mend, before long work wherever it can be known.
@@ -31,9 +32,11 @@ def compress(config: CompressConfig, out: str | Path, progress: Progress = silen
 
 def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Progress = silent) -> dict[str, Any]:
     """One step of an existing run, with what it needs before it; overrides (dotted keys) change it and later ones."""
-    raw = dict(read_manifest(out)["config"])
+    raw = {**flatten(read_manifest(out)["config"]), **overrides}
+    config = CompressConfig.from_dict(raw)  # refuses what does not fit together before anything is deleted
+    asked = {**overrides, "keep": config.keep} if set(TARGETS) & overrides.keys() else overrides
     with Run.reopen(out) as run:
-        raw = run.change(name, overrides)
+        raw = run.change(name, asked)
     return _run(CompressConfig.from_dict(raw), Path(out), name, progress)
 
 
@@ -58,8 +61,8 @@ def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> d
         if last == "reform":
             return describe.levels(s, prepared)
         chosen: dict[str, SubNetwork] = {}
-        for keep in config.keep:
-            chosen[s.name(keep)] = choosing.search_one(s, prepared, keep, starts=tuple(chosen.values()))
+        for target in config.targets:
+            chosen[target.name] = choosing.search_one(s, prepared, target, starts=tuple(chosen.values()))
         if last == "search":
             return describe.found(s, chosen)
         weights = finishing.refit(s, prepared, ids, chosen)

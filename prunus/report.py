@@ -13,6 +13,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from prunus import pictures
 from prunus.artefact import write_text
 from prunus.pictures import ErrorCurve, Network, Step, Tried
+from prunus.timetable import Timetable
 
 COLLAPSE_NATS = 1.0  # above this divergence per token the text usually falls apart; the report says so
 
@@ -36,6 +37,7 @@ class ReportData(TypedDict):
     machine: NotRequired[str]  # processor, cores, memory in words
     error_curves: NotRequired[list[ErrorCurve]]
     prompt: NotRequired[str]  # of the samples
+    latency: NotRequired[dict[str, Any]]  # the table that times were predicted by, as JSON
 
 
 def write_report(run_dir: Path | str, data: ReportData) -> Path:
@@ -52,6 +54,9 @@ def write_report(run_dir: Path | str, data: ReportData) -> Path:
         pictures.save(pictures.cost(data["steps"]), folder / "cost")
     if data.get("error_curves"):
         pictures.save(pictures.errors(data["error_curves"]), folder / "errors")
+    if "latency" in data:
+        pictures.save(pictures.front_of_times(data["dense"], data["chosen"]), folder / "latency")
+        pictures.save(pictures.staircase(Timetable.from_json(json.dumps(data["latency"]))), folder / "staircase")
     write_text(run_dir / "report.json", json.dumps(data, indent=1))
     write_text(run_dir / "report.md", markdown(data))
     return run_dir / "report.md"
@@ -63,6 +68,7 @@ def markdown(data: ReportData) -> str:
         _summary(data),
         _figures(data),
         _front(data),
+        _times(data),
         _kept(data),
         _samples(data),
         _loading(data),
@@ -117,6 +123,10 @@ def _figures(data: ReportData) -> str:
         head.append(f"perplexity, {_cell(text)}")
         for row, n in zip(rows, networks, strict=True):
             row.append(f"{n['perplexity'][text]:.4g}" if text in n.get("perplexity", {}) else "–")
+    if any("memory_bytes" in n for n in networks):
+        head.append("weights and KV cache")
+        for row, n in zip(rows, networks, strict=True):
+            row.append(f"{n['memory_bytes'] / 1e6:,.1f} MB" if "memory_bytes" in n else "–")
     for title, key in (("prefill speed", "prefill_speedup"), ("decode speed", "decode_speedup")):
         if any(key in n for n in networks):
             head.append(title)
@@ -145,6 +155,42 @@ def _front(data: ReportData) -> str:
             "pass, so they are comparable with each other and only roughly with the blue ones."
         )
     return "\n\n".join(words)
+
+
+def _times(data: ReportData) -> str:
+    """Predicted and measured times, where a budget was a time."""
+    if "latency" not in data:
+        return ""
+    key, request = data["latency"]["key"], data["latency"]["request"]
+    columns = {
+        "ms, predicted": ("predicted_ms", "{:,.4g}"),
+        "ms, measured": ("measured_ms", "{:,.4g}"),
+        "speed-up, predicted": ("predicted_speedup", "{:.2f}×"),
+        "measured": ("measured_speedup", "{:.2f}×"),
+        "tokens/s, predicted": ("predicted_tps", "{:,.4g}"),
+        "tokens/s, measured": ("measured_tps", "{:,.4g}"),
+        "KL to dense (nats)": ("kl_nats", "{:.4g}"),
+    }
+    rows = [
+        [_cell(n["name"]), *(form.format(n[k]) if k in n else "–" for k, form in columns.values())]  # type: ignore[literal-required]
+        for n in (data["dense"], *data["chosen"])
+    ]
+    return "\n\n".join(
+        [
+            "## Quality against time",
+            "![quality against milliseconds of a request](report/latency.png)",
+            f"One request: {request['batch']} x {request['prompt']} tokens of prompt, then {request['generate']} "
+            f"tokens for each, in {key['runtime']} on {key['device']} ({key['dtype']}"
+            + (f", threads: {key['threads']}" if key["threads"] else "")
+            + "). Predicted times are sums from the table of this device below; measured ones are medians of runs in "
+            "turns with the dense model, at another moment: speed-ups can be compared better than milliseconds.",
+            table(["network", *columns], rows),
+            "![milliseconds of every width](report/staircase.png)",
+            f"While the table was measured, times of whole forwards varied by {100 * data['latency']['spread']:.1f} % "
+            f"(half the distance of the quartiles); for the dense model, measured beside it, the table is off by "
+            f"{100 * data['latency']['check']:.1f} %.",
+        ]
+    )
 
 
 def _kept(data: ReportData) -> str:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prunus import calibration, checkpoint, costs, importance, levels, moments, sensitivity
+from prunus import calibration, checkpoint, costs, importance, latency, levels, moments, sensitivity
 from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.families import Family, dims, full
@@ -27,6 +27,8 @@ from prunus.slicing import sort
 from prunus.space import SearchSpace, space_of
 from prunus.stream import LayerStream
 from prunus.subnetwork import SubNetwork
+from prunus.targets import TIMES, UNITS, Target
+from prunus.timetable import Request, Timetable
 
 WINDOW = 1024  # tokens in a window that candidates are judged on: shorter ones overrate what short contexts need
 RUNGS = (1, 2, 4)  # windows at each rung of successive halving
@@ -48,6 +50,7 @@ class Session:
     stream: LayerStream = field(init=False)
     layout: costs.Layout = field(init=False)
     whole: SubNetwork = field(init=False)
+    timetable: Timetable | None = None  # of this device, where the targets are times
     is_sorted: bool = False
 
     def __post_init__(self) -> None:
@@ -60,18 +63,42 @@ class Session:
         return self.stream.device
 
     def cost(self, sub: SubNetwork) -> float:
-        """What a keep ratio counts, of one sub-network."""
-        kind = self.config.constraint
+        """What the targets limit, of one sub-network: parameters, bytes, FLOPs, milliseconds."""
+        kind, budget = self.config.constraint, self.config.budget
+        if kind in TIMES:
+            assert self.timetable is not None  # check_request fetches it
+            return self.timetable.request_ms(sub) if kind == "request_ms" else self.timetable.ms(sub, "decode")
+        if kind == "memory_bytes":
+            return float(costs.memory_bytes(self.layout, sub, self.context, budget.batch, self.width))
         if kind == "flops":
             return float(costs.flops(self.layout, sub, length=WINDOW))
         if kind == "bytes":
-            width = next(self.model.parameters()).element_size()
-            return float(costs.n_bytes(self.layout, sub, width))
+            return float(costs.n_bytes(self.layout, sub, self.width))
         return float(costs.parameters(self.layout, sub, "all" if kind == "parameters-all" else "blocks"))
 
-    def name(self, keep: float) -> str:
-        """The name of the network of one keep ratio."""
-        return f"keep-{keep:g}"
+    def share(self, target: Target) -> float:
+        """The share of the dense model's cost that a target leaves."""
+        if target.kind == "keep":
+            return target.value
+        dense = self.cost(self.whole)
+        return target.limit(dense, self.config.budget.batch) / dense
+
+    @property
+    def width(self) -> int:
+        """Bytes of one parameter."""
+        return next(self.model.parameters()).element_size()
+
+    @property
+    def request(self) -> Request:
+        """What is timed."""
+        budget = self.config.budget
+        return Request(budget.prompt, budget.batch, budget.generate)
+
+    @property
+    def context(self) -> int:
+        """Tokens in the KV cache, for the memory."""
+        budget = self.config.budget
+        return budget.context or budget.prompt + budget.generate
 
 
 def calibrate(s: Session) -> tuple[Tensor, Tensor]:
@@ -255,8 +282,9 @@ def _price_of_layers(curves: Sequence[sensitivity.Curve], n_layers: int) -> list
 
 
 def check_request(s: Session) -> None:
-    """Refuse, before any long work, what cannot be reached: keep ratios outside the space, a uniform export that the
-    family's stock configuration cannot hold."""
+    """Refuse, before any long work, what cannot be reached: targets outside the space, a uniform export that the
+    family's stock configuration cannot hold. Where targets are times, the table of this device is fetched or measured.
+    """
     if s.config.search.hidden:
         raise UserError(
             "search.hidden is true, but the search cannot cut the hidden size yet: reformation has no dense output to "
@@ -264,12 +292,55 @@ def check_request(s: Session) -> None:
         )
     if s.config.uniform and (refusal := checkpoint.uniform_refusal(s.model.config, s.family, s.whole)):
         raise UserError(refusal)
-    width = next(s.model.parameters()).element_size()
-    kept = sum(s.config.keep) * costs.n_bytes(s.layout, s.whole, width)
-    s.run.require_space(int(2 * kept), "the checkpoints and their refitted weights")
+    kept = sum(t.value if t.kind == "keep" else 1.0 for t in s.config.targets)
+    s.run.require_space(
+        int(2 * kept * costs.n_bytes(s.layout, s.whole, s.width)), "the checkpoints and their refitted weights"
+    )
     space = _space(s, list(range(len(s.stream))))
-    for keep in s.config.keep:
-        space.window(s.cost, keep, of=s.cost(s.whole), slack=slack(s))
+    if s.config.constraint in TIMES:
+        s.timetable = _timetable(s)
+    for target in s.config.targets:
+        if target.kind == "keep":
+            space.window(s.cost, target.value, of=s.cost(s.whole), slack=slack(s))
+        else:
+            _check_reach(s, space, target)
+
+
+def _timetable(s: Session) -> Timetable:
+    """The table that this run goes by: the run's own, so that the same command again decides alike."""
+
+    def save(table: Timetable, path: Path) -> None:
+        path.write_text(table.to_json(), encoding="utf-8")
+
+    def load(path: Path) -> Timetable:
+        return Timetable.from_json(path.read_text(encoding="utf-8"))
+
+    def compute() -> Timetable:
+        return latency.measure(s.model, s.family, s.request, progress=s.progress)
+
+    return s.run.do("search", "latency.json", compute, save=save, load=load)
+
+
+def _check_reach(s: Session, space: SearchSpace, target: Target) -> None:
+    """A budget that no network meets, or that the dense model meets, raises UserError with the reachable range."""
+    batch, dense = s.config.budget.batch, s.cost(s.whole)
+    least, most = space.reach(s.cost)
+    limit = target.limit(dense, batch)
+    if least <= limit <= dense * (1 + 1e-9) and limit * (1 - slack(s)) <= most:
+        return
+    ends = sorted(target.worth(cost, dense, batch) for cost in (least, min(most, dense)))
+    if s.timetable is None:
+        where = f"with {s.context} tokens of context for {batch} sequences in {s.model.dtype}".replace("torch.", "")
+    else:
+        where = (
+            f"on this device ({s.timetable.key['device']}; {s.request.batch} x {s.request.prompt} tokens of prompt, "
+            f"{s.request.generate} generated)"
+        )
+    easy = "the dense model meets it already" if limit > dense else "no network of this search space meets it"
+    raise UserError(
+        f"{target.name}: {easy}. {UNITS[target.kind].capitalize()} go from {ends[0]:.4g} to {ends[1]:.4g} {where}; "
+        "choose a value in this range"
+    )
 
 
 def slack(s: Session) -> float:

@@ -82,6 +82,42 @@ def test_keep_takes_several_values(calls: list[Any], keep: list[str], first: boo
     assert calls[0][0].model == "demo"
 
 
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["--speedup", "1.3", "2"], ["speedup-1.3", "speedup-2"]),
+        (["--latency-ms=40", "30.5"], ["latency-40ms", "latency-30.5ms"]),
+        (["--tokens-per-second", "20,30"], ["rate-20tps", "rate-30tps"]),
+        (["--memory-mb", "180", "--context", "4096", "--batch", "1"], ["memory-180mb"]),
+    ],
+)
+def test_budgets_take_the_place_of_keep(calls: list[Any], args: list[str], names: list[str]) -> None:
+    done = prunus_("compress", "demo", "--out", "r", *args)
+    assert done.exit_code == 0, done.output
+    config = calls[0][0]
+    assert [target.name for target in config.targets] == names
+    assert config.keep == ()
+
+
+def test_a_table_is_shown_with_a_row_for_every_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def inspect(config: CompressConfig, **given: Any) -> dict[str, Any]:
+        asked.append((config.budget, given["step"], given["again"], given["picture"]))
+        return {"model": config.model, "dense_token_ms": 21.5, "widths": [{"part": "MLP 64", "token_ms": 0.25}]}
+
+    fake = types.SimpleNamespace(inspect_latency=inspect)
+    monkeypatch.setitem(sys.modules, "prunus.inspection", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(cli, "calm_libraries", lambda: None)
+    done = prunus_("latency", "demo", "--prompt", "128", "--batch", "1", "--generate", "0", "--step", "64", "--again")
+    assert done.exit_code == 0, done.output
+    for piece in ("dense token ms", "21.5", "MLP 64", "0.25"):
+        assert piece in done.stdout, piece
+    budget, *rest = asked[0]
+    assert (budget.prompt, budget.batch, budget.generate) == (128, 1, 0)
+    assert rest == [64, True, None]
+
+
 def test_keep_without_a_value_is_an_error(calls: list[Any]) -> None:
     for args in (["compress", "demo", "--out", "r", "--keep"], ["compress", "--keep", "demo", "--out", "r"]):
         done = prunus_(*args)
@@ -185,6 +221,8 @@ def test_progress_outside_a_terminal_is_a_line_for_each_piece(capsys: pytest.Cap
         (["compress", "demo", "--out", "r", "--config", "absent.yaml"], "no configuration file 'absent.yaml'"),
         (["compress", "--out", "r"], "no model was named"),
         (["evaluate", "demo"], "give --text FILE"),
+        (["latency", "demo", "--runtime", "llama.cpp"], "tables of llama.cpp are not there yet"),
+        (["compress", "demo", "--out", "r", "--speedup", "2", "--keep", "0.7"], "a run has one kind of target"),
         (["evaluate", "demo", "--text", "absent.txt"], "no text file 'absent.txt'"),
         (["search", "absent", "--generations", "-1"], "search.generations lies in [0, inf)"),
     ],

@@ -95,11 +95,40 @@ def test_keep_takes_every_spelling(given: Any, kept: tuple[float, ...]) -> None:
         ({"search__mlp-step": 3}, r"did you mean 'search.mlp_step'\?"),
         ({"kep": 0.5}, r"did you mean 'keep'\?"),
         ({"zzzzzz": 0.5}, r"known are model, keep, "),
+        ({"budget__speedup": 0.9}, r"budget.speedup lies in \(1, inf\); given 0.9"),
+        ({"budget__speedup": [1.5, 1.5]}, r"each target counts once, given budget.speedup 1.5 1.5"),
+        ({"budget__latency_ms": 0}, r"budget.latency_ms lies in \(0, inf\)"),
+        ({"budget__speedup": 2, "budget__memory_mb": 9}, r"one kind of target, given speedup and memory_mb"),
+        ({"budget__speedup": 2, "keep": 0.7}, r"one kind of target, given keep 0.7 and budget.speedup"),
+        ({"budget__memory_mb": 9, "search__constraint": "flops"}, r"leave search.constraint out, given flops"),
+        ({"budget__runtime": "llama.cpp"}, r"tables of llama.cpp are not there yet"),
+        ({"budget__runtime": "onnx"}, r"budget.runtime is one of torch; given 'onnx'"),
     ],
 )
 def test_what_is_wrong_is_said_with_the_rule(flat: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         make(**flat)
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "constraint"),
+    [
+        ({}, ["keep-0.9", "keep-0.8", "keep-0.7", "keep-0.6", "keep-0.5"], "parameters-blocks"),
+        ({"keep": "0.5 1"}, ["keep-1", "keep-0.5"], "parameters-blocks"),
+        ({"keep": 0.5, "search__constraint": "flops"}, ["keep-0.5"], "flops"),
+        ({"budget__speedup": "2 1.25"}, ["speedup-1.25", "speedup-2"], "request_ms"),
+        ({"budget__latency_ms": [30, 40]}, ["latency-40ms", "latency-30ms"], "request_ms"),
+        ({"budget__tokens_per_second": "25,5"}, ["rate-5tps", "rate-25tps"], "token_ms"),
+        ({"budget__memory_mb": [100, 180]}, ["memory-180mb", "memory-100mb"], "memory_bytes"),
+    ],
+)
+def test_targets_are_named_and_the_mildest_comes_first(
+    given: dict[str, Any], names: list[str], constraint: str
+) -> None:
+    config = make(**given)
+    assert [target.name for target in config.targets] == names
+    assert config.constraint == constraint
+    assert CompressConfig.from_dict(config.to_dict()) == config
 
 
 def test_python_is_checked_like_yaml() -> None:

@@ -6,12 +6,21 @@ import time
 
 import pytest
 import torch
-from tiny import CONFIGS, indexed, ragged, tiny
+from tiny import CONFIGS, indexed, ragged, tiny, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prunus.costs import decode_bytes, flops, layout, n_bytes, parameters, sublayer_parameters
+from prunus.costs import (
+    cache_bytes,
+    decode_bytes,
+    flops,
+    layout,
+    memory_bytes,
+    n_bytes,
+    parameters,
+    sublayer_parameters,
+)
 from prunus.families import dims, family_of, full
-from prunus.slicing import state_of
+from prunus.slicing import extract, state_of
 from prunus.subnetwork import LayerShape, SubNetwork
 
 
@@ -141,3 +150,30 @@ def test_a_subnetwork_of_another_depth_is_an_error() -> None:
     built = layout(model, family_of(model.config))
     with pytest.raises(ValueError, match="3 layers"):
         parameters(built, SubNetwork(48, (LayerShape(1, 1, 1),) * 3))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_cache_is_counted_as_it_is(name: str) -> None:
+    """A forward of 7 tokens for 3 sequences leaves just these keys and values."""
+    model = tiny(name)
+    family, whole = family_of(model.config), full(model.config)
+    built = layout(model, family)
+    one_group = SubNetwork(whole.hidden, (LayerShape(1, whole.layers[0].q_per_kv, 5),) * 4)
+    for sub in (whole, one_group, _subs(model.config)[-1]):
+        small = extract(model, family, sub)
+        with torch.no_grad():
+            cache = small(tokens(3, 7), use_cache=True).past_key_values
+        found = sum(t.numel() * t.element_size() for one in cache.layers for t in (one.keys, one.values))
+        assert cache_bytes(built, sub, 7, batch=3, bytes_per_parameter=4) == found
+        weights = sum(p.numel() * p.element_size() for p in small.parameters())
+        assert memory_bytes(built, sub, 7, batch=3, bytes_per_parameter=4) == found + weights
+
+
+def test_sliding_windows_keep_no_more_than_theirs() -> None:
+    model = tiny("gemma2")  # two of four layers look back on 8 tokens
+    built = layout(model, family_of(model.config))
+    assert built.windows == (8, None, 8, None)
+    sub = SubNetwork(48, tuple(LayerShape(kv, 1, 5) for kv in (1, 2, 3, 4)))
+    assert cache_bytes(built, sub, 20, bytes_per_parameter=1) == 2 * 8 * (8 * (1 + 3) + 20 * (2 + 4))
+    dropped = SubNetwork(48, (sub.layers[0], LayerShape(0, 0, 5), *sub.layers[2:]))
+    assert cache_bytes(built, dropped, 20, bytes_per_parameter=1) == 2 * 8 * (8 * (1 + 3) + 20 * 4)

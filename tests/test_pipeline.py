@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunus.config import CompressConfig, resolve
+from prunus import loading
+from prunus.config import KEEP, CompressConfig, resolve
 from prunus.errors import UserError
+from prunus.latency import Lap, Laps
 from prunus.pipeline import compress, step
+from prunus.run import Run
+from prunus.timetable import Request
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODEL = SHARED / "models" / "stories260k-hf"
@@ -109,6 +115,107 @@ def test_a_share_out_of_reach_is_refused_before_any_work(keep: float, tmp_path: 
     with pytest.raises(UserError, match="out of reach"):
         compress(config(keep=(keep,)), tmp_path / "run")
     assert not (tmp_path / "run" / "tokens.safetensors").exists()
+
+
+def budget(**asked: Any) -> CompressConfig:
+    """A budget instead of shares; names without a section are its own."""
+    own = {"prompt": 32, "generate": 8, **asked}
+    return config(keep=(), **{k if "__" in k or k == "uniform" else f"budget__{k}": v for k, v in own.items()})
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A device that takes a millisecond for 10,000 parameters of a layer, and a tenth of one for its frame."""
+
+    def time_models(models: Sequence[Any], request: Request, **given: Any) -> list[Laps]:
+        def lap(layers: Any) -> Lap:
+            return Lap(2.0, tuple(0.1 + sum(p.numel() for p in layer.parameters()) / 1e4 for layer in layers))
+
+        return [Laps([lap(model.model.layers)], [lap(model.model.layers)]) for model in models]
+
+    monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("prunus.latency.time_models", time_models)
+    return tmp_path / "cache"
+
+
+def test_a_speed_is_a_target(counted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = compress(budget(speedup="1.3 1.8"), out)
+    dense = result["dense"]
+    assert [n["name"] for n in result["chosen"]] == ["speedup-1.3", "speedup-1.8"]
+    for found, wanted in zip(result["chosen"], (1.3, 1.8), strict=True):
+        assert wanted <= found["predicted_speedup"] < 1.01 * wanted
+        assert found["predicted_ms"] == pytest.approx(dense["predicted_ms"] / found["predicted_speedup"])
+        assert found["measured_speedup"] == pytest.approx(found["predicted_speedup"])
+        assert (out / "models" / found["name"] / "config.json").is_file()
+    kl = [n["kl_nats"] for n in result["chosen"]]
+    assert 0 < kl[0] < kl[1]
+    assert "Quality against time" in (out / "report.md").read_text()
+    assert (out / "report" / "staircase.svg").is_file()
+    for path in counted.rglob("*.json"):
+        path.unlink()  # the run goes by its own table
+    before = json.loads((out / "manifest.json").read_text())["artefacts"]
+    again = compress(budget(speedup="1.3 1.8 1.5"), out)
+    assert [n["name"] for n in again["chosen"]] == ["speedup-1.3", "speedup-1.5", "speedup-1.8"]
+    after = json.loads((out / "manifest.json").read_text())["artefacts"]
+    assert after["latency.json"] == before["latency.json"]
+    assert not list(counted.rglob("*.json"))
+
+
+def test_other_searches_and_uniform_networks_keep_to_milliseconds(counted: Path, tmp_path: Path) -> None:
+    dense = compress(budget(speedup=1.2, search__generations=0), tmp_path / "first")["dense"]
+    limit = 0.7 * dense["predicted_ms"]
+    shen = {"search__method": "shen", "search__population": 6}
+    for name, changes in (("uniform", {"uniform": True}), ("shen", shen)):
+        result = compress(budget(latency_ms=limit, **changes), tmp_path / name)
+        (found,) = result["chosen"]
+        assert 0.9 * limit < found["predicted_ms"] <= limit * (1 + 1e-9)
+
+
+def test_decoding_speed_and_memory_are_targets(counted: Path, tmp_path: Path) -> None:
+    first = compress(budget(memory_mb=0.8, context=64, batch=3), tmp_path / "memory")
+    (found,) = first["chosen"]
+    assert found["name"] == "memory-0.8mb"
+    assert 0.79e6 < found["memory_bytes"] <= 0.8e6
+    cache = sum(2 * kv * 8 * 64 * 3 * 4 for kv, q, _ in found["layers"] if q)  # heads of 8, float32
+    assert found["memory_bytes"] == found["n_bytes"] + cache
+    result = compress(budget(tokens_per_second=150), tmp_path / "rate")
+    assert 150 <= result["chosen"][0]["predicted_tps"] < 152
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"latency_ms": 1}, r"latency-1ms: no network .* Milliseconds of a request go from [\d.]+ to [\d.]+ on"),
+        ({"latency_ms": 1e6}, r"latency-1e\+06ms: the dense model meets it already"),
+        ({"speedup": 500}, r"speedup-500: no network .* Speed-ups go from 1 to [\d.]+ on this device"),
+        ({"tokens_per_second": 1e5}, r"Tokens per second go from [\d.]+ to [\d.]+ on this device"),
+        ({"memory_mb": 0.01, "context": 9}, r"Megabytes go from [\d.]+ to [\d.]+ with 9 tokens"),
+    ],
+)
+def test_a_budget_out_of_reach_is_refused_with_the_range(
+    asked: dict[str, Any], sentence: str, counted: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        compress(budget(**asked), tmp_path / "run")
+    assert not (tmp_path / "run" / "tokens.safetensors").exists()
+
+
+def test_a_finished_run_takes_no_second_kind_of_target(run: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = run
+    before = (out / "manifest.json").read_text()
+    with pytest.raises(UserError, match=r"one kind of target, given keep 0\.8 0\.6.* and budget\.speedup"):
+        step(out, "search", {"budget.speedup": (1.5,)})
+    assert (out / "manifest.json").read_text() == before
+
+
+def test_the_default_shares_give_way_to_a_budget(counted: Path, tmp_path: Path) -> None:
+    out, shares = tmp_path / "run", config(keep=KEEP)
+    with Run.open(out, shares.to_dict(), asdict(loading.load(str(MODEL)).source)):
+        pass
+    found = step(out, "search", {"budget.speedup": (1.4,), "budget.prompt": 32, "budget.generate": 8})
+    assert [n["name"] for n in found["chosen"]] == ["speedup-1.4"]
+    assert json.loads((out / "manifest.json").read_text())["config"]["keep"] == []
 
 
 def test_a_setting_that_the_search_cannot_serve_is_refused(tmp_path: Path) -> None:

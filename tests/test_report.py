@@ -15,6 +15,7 @@ from prunus import pictures
 from prunus.errors import UserError
 from prunus.pictures import Network, Tried
 from prunus.report import ReportData, markdown, table, write_report
+from prunus.timetable import Grid, Request, Times, Timetable
 
 N_LAYERS = 6
 TEXT = "WikiText-2 test, 5 × 2048 tokens"
@@ -75,6 +76,52 @@ def report_data() -> ReportData:
         machine="2 cores, 24 GiB",
         prompt="The sea is",
     )
+
+
+def timed_data() -> ReportData:
+    """The same run with a budget of milliseconds, and the table that it went by."""
+    data = report_data()
+    data["dense"] |= {"predicted_ms": 512.5, "predicted_speedup": 1.0}
+    data["chosen"][0] |= {"predicted_ms": 301.25, "predicted_speedup": 1.701, "measured_ms": 322.75}
+    data["chosen"][0] |= {"measured_speedup": 1.588, "predicted_tps": 61.5, "measured_tps": 57.25}
+    times = Times(5.0, 0.5, ((1.0, 1.5), (2.0, 2.5)), (1.0, 1.25, 3.0))
+    key = {"runtime": "torch", "device": "cpu, Abacus", "dtype": "float32", "threads": 2}
+    grid = Grid((1, 2), (1, 3), (64, 128, 192))
+    table = Timetable(key, Request(512, 2, 64), 576, grid, times, times, spread=0.031, check=0.012)
+    return {**data, "latency": json.loads(table.to_json())}
+
+
+def test_times_stand_beside_each_other_as_predicted_and_measured(tmp_path: Path) -> None:
+    text = markdown(timed_data())
+    given = ["512.5", "301.2", "322.8", "1.70×", "1.59×", "61.5", "57.25", "2 x 512", "cpu, Abacus", "3.1 %", "1.2 %"]
+    assert [g for g in given if g not in text] == []
+    assert "Quality against time" not in markdown(report_data())
+    write_report(tmp_path, timed_data())
+    assert png_size(tmp_path / "report" / "latency.png")[0] > 500
+    assert png_size(tmp_path / "report" / "staircase.png")[0] > 500
+
+
+def test_the_stairs_show_every_width() -> None:
+    table = Timetable.from_json(json.dumps(timed_data()["latency"]))
+    figure = pictures.staircase(table)
+    attention, mlp = figure.axes[:2]
+    assert [t.get_text() for t in attention.get_xticklabels()] == ["1×1", "2×1", "1×3", "2×3"]
+    assert [patch.get_height() for patch in attention.patches] == [1.0, 2.0, 1.5, 2.5]
+    assert list(mlp.lines[1].get_ydata()) == [1.0, 1.25, 3.0]
+
+
+def test_predicted_and_measured_points_are_told_apart() -> None:
+    data = timed_data()
+    (axes,) = pictures.front_of_times(data["dense"], data["chosen"]).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["by the table", "measured"]
+    assert list(axes.lines[0].get_xdata()) == [301.25, 322.75]  # what lies between the two
+
+
+def test_memory_of_a_budget_has_a_column() -> None:
+    data = report_data()
+    data["chosen"][1] |= {"memory_bytes": 181_250_000}
+    assert "weights and KV cache" in markdown(data)
+    assert "181.2 MB" in markdown(data)
 
 
 def png_size(path: Path) -> tuple[int, int]:
