@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prunus import checkpoint, choosing, describe, finishing, loading, neighbours, sensitivity, sequential, steps
 from prunus.artefact import load_json, load_tensors
-from prunus.config import STEPS, CompressConfig
+from prunus.config import STEPS, BudgetConfig, CompressConfig
 from prunus.errors import UserError
 from prunus.families import family_of
 from prunus.forecast import forecast

@@ -23,6 +23,7 @@ from prunus import loading
 from prunus.config import KEEP, CompressConfig, resolve
 from prunus.errors import UserError
 from prunus.latency import Lap, Laps
+from prunus.picking import pick
 from prunus.pipeline import compress, step
 from prunus.run import Run
 from prunus.timetable import Request
@@ -181,6 +182,13 @@ def test_decoding_speed_and_memory_are_targets(counted: Path, tmp_path: Path) ->
     assert found["memory_bytes"] == found["n_bytes"] + cache
     result = compress(budget(tokens_per_second=150), tmp_path / "rate")
     assert 150 <= result["chosen"][0]["predicted_tps"] < 152
+
+
+def test_a_share_may_be_picked_from_a_run_with_a_budget(tmp_path: Path) -> None:
+    compress(budget(memory_mb="0.9 0.8", context=64, batch=1, search__generations=0), tmp_path / "run")
+    found = pick(tmp_path / "run", 0.7)
+    assert found["chosen"][0]["kept_blocks"] == pytest.approx(0.7, abs=0.004)
+    assert Path(found["picked"]).name == "pick-0.7"
 
 
 @pytest.mark.parametrize(
