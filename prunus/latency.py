@@ -330,7 +330,7 @@ def time_models(
     hooks = [hook for layers in doors or () for hook in _doors(layers, clock)]
     try:
         for n in range(rounds + 1):
-            for laps, prefill, decode in zip(found, *_round(models, request, clock), strict=True):
+            for laps, prefill, decode in zip(found, *_round(models, request, clock, n), strict=True):
                 if n:
                     laps.prefill.append(prefill)
                     laps.decode.append(decode)
@@ -351,16 +351,20 @@ def _doors(layers: nn.ModuleList, clock: Clock) -> list[Any]:
     return [layer.register_forward_pre_hook(ring) for layer in layers] + [layers[-1].register_forward_hook(ring)]
 
 
-def _round(models: Sequence[Any], request: Request, clock: Clock) -> tuple[list[Lap], list[Lap]]:
-    """Every model's prompt and decoding step; steps take turns too, so that all models see the same machine."""
+def _round(models: Sequence[Any], request: Request, clock: Clock, n: int) -> tuple[list[Lap], list[Lap]]:
+    """Every model's prompt and decoding step; steps take turns too, so that all models see the same machine.
+
+    The order is another one in each round: with a fixed one, errors grew from the first model to the last.
+    """
     generator, device = torch.Generator().manual_seed(0), next(models[0].parameters()).device
     ids = torch.randint(int(models[0].config.vocab_size), (request.batch, request.prompt), generator=generator)
-    going = [_forward(model, ids.to(device), None, clock) for model in models]
-    prefill = [lap for _, _, lap in going]
+    order = random.Random(n).sample(range(len(models)), len(models))
+    going = {i: _forward(models[i], ids.to(device), None, clock) for i in order}
+    prefill = [going[i][2] for i in range(len(models))]
     steps: list[list[Lap]] = [[] for _ in models]
     for _ in range(max(1, request.generate)):
-        for i, model in enumerate(models):
-            going[i] = _forward(model, *going[i][:2], clock)
+        for i in order:
+            going[i] = _forward(models[i], *going[i][:2], clock)
             steps[i].append(going[i][2])
     return prefill, [_typical(own) for own in steps]
 
