@@ -107,7 +107,7 @@ class ReformConfig(_Section):
     )
     block: int = setting(16, "neurons that the greedy order removes at a time", step="score", low=1)
     sensitivity: int = setting(
-        0, "levels of each sub-layer whose divergence is measured; 0: trust the curvature", step="reform", low=0
+        1, "levels of each sub-layer whose divergence is measured; 0: trust the curvature", step="reform", low=0
     )
     order: Literal["greedy", "score"] = setting(
         "greedy", "order of units: greedy removal with compensation, or the score as it is", step="score"
