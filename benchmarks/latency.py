@@ -153,8 +153,8 @@ def views() -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Measure, compare, write the results file."""
+def asked() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="auto")
@@ -168,7 +168,12 @@ def main() -> int:
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--picture", type=Path, help="draw the table's stairs: FILE.png and FILE.svg")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "latency.json")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measure, compare, write the results file."""
+    options = asked()
     if options.threads:
         torch.set_num_threads(options.threads)
     model = load(options.model, dtype=options.dtype, device=options.device).model

@@ -9,7 +9,7 @@ from prunus import costs, latency, pictures
 from prunus.checkpoint import uniform_refusal
 from prunus.config import CompressConfig
 from prunus.families import dims, family_of, full
-from prunus.loading import load
+from prunus.loading import load_configured
 from prunus.memory import available, memory_need
 from prunus.progress import Progress, silent
 from prunus.subnetwork import SubNetwork
@@ -23,13 +23,7 @@ def inspect_model(config: CompressConfig) -> dict[str, Any]:
 
     Raises UserError where it cannot be loaded, has no table, or does not agree with it.
     """
-    loaded = load(
-        config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    loaded = load_configured(config)
     model = loaded.model
     family, whole, size = family_of(model.config), full(model.config), dims(model.config)
     layout = costs.layout(model, family)
@@ -84,13 +78,7 @@ def inspect_latency(
     table of a family, or does not fit.
     """
     budget = config.budget
-    loaded = load(
-        config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    loaded = load_configured(config)
     model = loaded.model
     family = family_of(model.config)
     request = Request(budget.prompt, budget.batch, budget.generate)

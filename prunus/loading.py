@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import GgufConfig
 
+from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.families import family_of
 from prunus.memory import refuse_too_large
@@ -71,6 +72,18 @@ class _Place:
     @property
     def gguf(self) -> Path | None:
         return Path(self.where) / self.options["gguf_file"] if self.kind == "gguf" else None
+
+
+def load_configured(config: CompressConfig, *, windows: tuple[int, int] = (0, 0)) -> Loaded:
+    """`load` what a configuration names, as it says."""
+    return load(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        windows=windows,
+    )
 
 
 def load(

@@ -70,31 +70,29 @@ def pick(
     Raises UserError for a run that has not come to its error curves, a share out of reach, a name that is taken by a
     pick of other settings, and another model than the run's.
     """
-    raw = read_manifest(run)["config"]
-    config = _asked(CompressConfig.from_dict(raw), keep_of, model, device)
+    own = _counting(CompressConfig.from_dict(read_manifest(run)["config"]))
+    config = _asked(own, keep_of, model, device)
     if refit < 0:
         raise UserError(f"refit is a number of windows, 0 or more; given {refit}")
     with Run.reopen(run, steps=(*STEPS, STEP)) as record:
         _require(record)
-        loaded = loading.load(
-            config.model, revision=config.revision, dtype=config.dtype, device=config.device,
-            trust_remote_code=config.trust_remote_code,
-        )  # fmt: skip
+        loaded = loading.load_configured(config)
         record.refuse_other(asdict(loaded.source), "name the model that it was made from with --model")
         family = family_of(loaded.model.config)
         s = Session(record, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
         ids, holdout = steps.calibrate(s)
         p = steps.reform_levels(s, ids, holdout, steps.score(s, ids))
-        own = CompressConfig.from_dict(raw)
-        same = bool(own.budget.targets) or config.constraint == own.constraint
-        name = f"pick-{keep:g}" if same else f"pick-{keep:g}-of-{config.keep_of}"
+        name = f"pick-{keep:g}" if config.constraint == own.constraint else f"pick-{keep:g}-of-{config.keep_of}"
         return _picked(s, p, ids, keep, name, min(refit, len(ids)), measure, None if out is None else Path(out))
 
 
+def _counting(config: CompressConfig) -> CompressConfig:
+    """A run's configuration, where its targets are times or memory with parameters to count instead."""
+    return replace(config, budget=BudgetConfig(), keep=(1.0,)) if config.budget.targets else config
+
+
 def _asked(config: CompressConfig, keep_of: str | None, model: str | None, device: str | None) -> CompressConfig:
-    """The run's configuration with what a pick may change; shares are of parameters where the run's targets are not."""
-    if config.budget.targets:
-        config = replace(config, budget=BudgetConfig(), keep=(0.5,))
+    """The run's configuration with what a pick may change."""
     if keep_of is not None:
         config = CompressConfig.from_dict(
             {**config.to_dict(), "keep_of": keep_of, "search": {**asdict(config.search), "constraint": None}}
@@ -125,7 +123,7 @@ def _picked(
     if name == f"pick-{keep:g}" and twin.is_dir():
         raise UserError(f"the run has a network of that share, searched and refitted: {twin}; take that one")
     around = _around(finished, high)
-    sub = _network(s, p, high, around)
+    sub = choosing.allocated(s, p, high)[0]
     made_of = {
         "subnetwork": sub.key(),
         "refit": refit,
@@ -182,11 +180,6 @@ def _around(finished: Sequence[Finished], budget: float) -> list[Finished]:
     """The next larger and the next smaller of the run's networks, where there are any."""
     larger, smaller = [one for one in finished if one.cost > budget], [one for one in finished if one.cost <= budget]
     return [*larger[-1:], *smaller[:1]]
-
-
-def _network(s: Session, p: Prepared, budget: float, around: Sequence[Finished]) -> SubNetwork:
-    """The allocation within a budget that the curves call best among those that lie between the neighbours."""
-    return choosing.allocated(s, p, budget)[0]
 
 
 def _weights(

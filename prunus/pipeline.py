@@ -41,14 +41,8 @@ def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Pr
 
 
 def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> dict[str, Any]:
-    loaded = loading.load(
-        config.model,
-        revision=config.revision,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        windows=(config.calibration.samples + config.calibration.holdout, config.calibration.length),
-    )
+    windows = config.calibration.samples + config.calibration.holdout, config.calibration.length
+    loaded = loading.load_configured(config, windows=windows)
     with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:
         family = family_of(loaded.model.config)
         s = Session(run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)

@@ -179,9 +179,9 @@ def _collect_grams(s: Session, ids: Tensor) -> Path:
     tokens = ids.numel() + (0 if first is None else first.numel())
     with s.progress("second moments of the calibration tokens", n * tokens) as advance:
 
-        def layer_done(tokens: int) -> None:
-            advance(tokens)
-            s.run.count_tokens(tokens // n)
+        def layer_done(passed: int) -> None:
+            advance(passed)
+            s.run.count_tokens(passed // n)
 
         def use(i: int, grams: moments.Grams) -> None:
             levels.save_grams(grams, folder, i)

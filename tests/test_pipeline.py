@@ -189,6 +189,9 @@ def test_a_share_may_be_picked_from_a_run_with_a_budget(tmp_path: Path) -> None:
     found = pick(tmp_path / "run", 0.7)
     assert found["chosen"][0]["kept_blocks"] == pytest.approx(0.7, abs=0.004)
     assert Path(found["picked"]).name == "pick-0.7"
+    other = pick(tmp_path / "run", 0.7, keep_of="all")
+    assert other["chosen"][0]["kept_all"] == pytest.approx(0.7, abs=0.004)
+    assert Path(other["picked"]).name == "pick-0.7-of-all"
 
 
 @pytest.mark.parametrize(
