@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -58,8 +59,6 @@ def ask(path: Path, tokens: list[int], text: str = "", threads: int = 1) -> Answ
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     here = str(Path(__file__).resolve().parents[1])
     paths = [here, *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
