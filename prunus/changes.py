@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunus.config import ANYWHERE, STEPS, settings
+from prunus.config import STEPS, settings
+from prunus.setting import ANYWHERE
 from prunus.targets import LIMITS
 
 TARGETS = ("keep", *(f"budget.{kind}" for kind in LIMITS))  # more of the same kind only add networks

@@ -197,7 +197,7 @@ def save(
     card: README.md; manifest: kept in prunus.json with the size and SHA-256 of every file. tokenizer may be None.
     """
     target = Path(directory).absolute()
-    _refuse_foreign(target)
+    refuse_foreign(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     with writing(target, partial):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +233,8 @@ def _exchange(partial: Path, target: Path) -> None:
     remove(old)
 
 
-def _refuse_foreign(target: Path) -> None:
+def refuse_foreign(target: Path) -> None:
+    """Raise UserError where `save` would not write: a directory that holds what Prunus did not write."""
     if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file())):
         raise UserError(
             f"{str(target)!r} exists and was not written by Prunus (it has no {MANIFEST}); choose another directory, "
@@ -341,6 +342,7 @@ __all__ = [
     "blank",
     "load",
     "memory_need",
+    "refuse_foreign",
     "save",
     "uniform_refusal",
     "verify",

@@ -14,10 +14,10 @@ import click
 
 from prunus.artefact import trouble
 from prunus.changes import FIRST
-from prunus.config import ANYWHERE, overrides, resolve, settings
+from prunus.config import overrides, resolve, settings
 from prunus.errors import UserError
 from prunus.machine import environment
-from prunus.setting import Setting
+from prunus.setting import ANYWHERE, Setting
 from prunus.targets import LIMITS
 from prunus.terminal import Terminal, calm_libraries
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MANY = ("--keep", *(f"--{kind.replace('_', '-')}" for kind in LIMITS))  # flags that take several values after one
 COMMON = ("device", "dtype", "seed")
-RESUMABLE = ("compress", "score", "reform", "search", "extract", "report")
+RESUMABLE = ("compress", "recover", "score", "reform", "search", "extract", "report")
 
 
 class Verb(click.Command):
@@ -341,6 +341,29 @@ def export(checkpoint: str, form: str, out: str | None, **parameters: Any) -> No
     terminal.result(found, parameters["json"])
     for sentence in found["notes"]:
         terminal.note(sentence)
+
+
+LEARNING = tuple(key for key, one in settings().items() if key.startswith("train.") and one.flag)
+ONE_NETWORK = tuple(key for key in LEARNING if key.partition(".")[2] not in ("space", "strategy", "sampler", "teacher"))
+
+
+@flags(*ONE_NETWORK, "revision", "trust_remote_code")
+@app.command(cls=Verb)
+@click.argument("checkpoint")
+@click.option("--teacher", metavar="MODEL", help="the model to imitate: the one that CHECKPOINT was made from")
+@click.option("--out", metavar="DIR", required=True, help="where the trained checkpoint goes")
+def recover(checkpoint: str, teacher: str | None, out: str, **parameters: Any) -> None:
+    """Train CHECKPOINT further, to imitate --teacher on the text or the answers of --train FILE.
+
+    The same command again goes on where it stopped. Several processes: torchrun --nproc-per-node N -m prunus recover
+    """
+    config = resolve(parameters["config"], {**given(parameters), "model": checkpoint})
+    terminal = Terminal(parameters["quiet"])
+    from prunus.recovery import recover
+
+    calm_libraries()
+    found = recover(config, teacher, out, terminal.progress())
+    terminal.result({key: value for key, value in found.items() if key != "history"}, parameters["json"])
 
 
 @flags("keep_of")

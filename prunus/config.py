@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,28 +19,16 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from prunus.errors import UserError
-from prunus.setting import Setting, setting
+from prunus.learning import TrainConfig
+from prunus.setting import ANYWHERE, Section, Setting, declared, setting
 from prunus.targets import LIMITS, Kind, Target
 
-STEPS = ("calibrate", "score", "reform", "search", "extract", "evaluate", "report")  # in the order they run
+STEPS = ("calibrate", "score", "train", "reform", "search", "extract", "evaluate", "report")  # in the order they run
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
-ANYWHERE = "anywhere"  # the step of settings that say where to compute, not what: they may differ on an existing run
-
-
-class _Section:
-    """Checks and tidies its own values ("1e-3" -> 0.001, a list -> a tuple) when it is made; raises UserError."""
-
-    prefix: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        known = settings()
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            if one := known.get(self.prefix + f.name):
-                object.__setattr__(self, f.name, one.parse(getattr(self, f.name)))
 
 
 @dataclass(frozen=True)
-class CalibrationConfig(_Section):
+class CalibrationConfig(Section):
     """Text that the method may look at; never test text."""
 
     prefix: ClassVar[str] = "calibration."
@@ -60,7 +48,7 @@ class CalibrationConfig(_Section):
 
 
 @dataclass(frozen=True)
-class ScoreConfig(_Section):
+class ScoreConfig(Section):
     """How important each unit of the network is."""
 
     prefix: ClassVar[str] = "score."
@@ -86,7 +74,7 @@ class ScoreConfig(_Section):
 
 
 @dataclass(frozen=True)
-class ReformConfig(_Section):
+class ReformConfig(Section):
     """How the weights that stay take over the work of those that go."""
 
     prefix: ClassVar[str] = "reform."
@@ -134,7 +122,7 @@ class ReformConfig(_Section):
 
 
 @dataclass(frozen=True)
-class SearchConfig(_Section):
+class SearchConfig(Section):
     """Which widths each network keeps."""
 
     prefix: ClassVar[str] = "search."
@@ -171,7 +159,7 @@ class SearchConfig(_Section):
 
 
 @dataclass(frozen=True)
-class BudgetConfig(_Section):
+class BudgetConfig(Section):
     """Targets in milliseconds, tokens per second or megabytes, instead of shares to keep."""
 
     prefix: ClassVar[str] = "budget."
@@ -230,7 +218,7 @@ class BudgetConfig(_Section):
 
 
 @dataclass(frozen=True)
-class CompressConfig(_Section):
+class CompressConfig(Section):
     """Everything that decides what `compress` makes of a model; where it is written is not part of it."""
 
     model: str = setting(help="a hub id, a local directory, a .gguf file, or `demo`", step="calibrate")
@@ -269,6 +257,7 @@ class CompressConfig(_Section):
     )
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     reform: ReformConfig = field(default_factory=ReformConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -337,16 +326,7 @@ def _sections() -> dict[str, Any]:
 @cache
 def settings() -> Mapping[str, Setting]:
     """Every setting by its dotted key, in the order of declaration."""
-    return types.MappingProxyType({one.key: one for one in _declared(CompressConfig, "")})
-
-
-def _declared(section: Any, prefix: str) -> Iterator[Setting]:
-    hints = typing.get_type_hints(section)
-    for f in dataclasses.fields(section):
-        if dataclasses.is_dataclass(hints[f.name]):
-            yield from _declared(hints[f.name], f"{f.name}.")
-        else:
-            yield Setting(prefix + f.name, hints[f.name], f.default, **f.metadata)
+    return types.MappingProxyType({one.key: one for one in declared(CompressConfig)})
 
 
 def flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

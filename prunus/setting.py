@@ -7,10 +7,14 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Any, ClassVar, Literal
 
 from prunus.errors import UserError
+
+ANYWHERE = "anywhere"  # the step of settings that say where to compute, not what: they may differ on an existing run
 
 
 def setting(
@@ -108,6 +112,33 @@ class Setting:
     def _guess(self, value: Any) -> str:
         near = difflib.get_close_matches(str(value), [str(c) for c in self.choices], 1)
         return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+class Section:
+    """Checks and tidies its own values ("1e-3" -> 0.001, a list -> a tuple) when it is made; raises UserError."""
+
+    prefix: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for one in _own(type(self), self.prefix):  # type: ignore[arg-type]
+            name = one.key.removeprefix(self.prefix)
+            if "." not in name:
+                object.__setattr__(self, name, one.parse(getattr(self, name)))
+
+
+@cache
+def _own(section: Any, prefix: str) -> tuple[Setting, ...]:
+    return tuple(declared(section, prefix))
+
+
+def declared(section: Any, prefix: str = "") -> Iterator[Setting]:
+    """The settings of a dataclass and of the sections in it, in the order of declaration."""
+    hints = typing.get_type_hints(section)
+    for f in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from declared(hints[f.name], f"{f.name}.")
+        else:
+            yield Setting(prefix + f.name, hints[f.name], f.default, **f.metadata)
 
 
 def _as(kind: Any, value: Any) -> Any:

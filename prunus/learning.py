@@ -1,0 +1,79 @@
+"""Floor 0: the settings of training, a section of `config.py`'s configuration; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from prunus.setting import ANYWHERE, Section, setting
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """How a super-network, or one network, is trained; nothing is, unless training data are named."""
+
+    prefix: ClassVar[str] = "train."
+    data: str | None = setting(
+        None, "training data: .json or .jsonl rows (Alpaca, `messages`, `text`) or a text file; never test text",
+        step="train", flag="train",
+    )  # fmt: skip
+    column: str | None = setting(None, "field of the rows that holds the text", step="train")
+    length: int = setting(512, "tokens in a training window", step="train", flag="window", low=2)
+    packing: bool = setting(True, "rows follow one another in the windows; else each has its own", step="train")
+    holdout: int = setting(16, "windows that are not trained on, to watch the training", step="train", low=0)
+    space: Literal[
+        "joint", "llama_joint", "llama_heads", "llama", "llama2", "hw_gpt_bench", "small", "medium", "groups", "layers"
+    ] = setting("groups", "widths that sub-networks may take while training", step="train", flag="space")
+    strategy: Literal["standard", "random", "sandwich", "sandwich-grid"] = setting(
+        "sandwich",
+        "networks of a step: standard (the full one), random (one drawn), sandwich (full, drawn ones, smallest), "
+        "sandwich-grid (full and drawn ones)",
+        step="train",
+        flag="strategy",
+    )
+    sampler: Literal["random", "grid", "grid-params", "calibrated-magnitude", "calibrated-ppl", "calibrated-kl"] = (
+        setting("calibrated-kl", "how sub-networks are drawn", step="train", flag="sampler")
+    )
+    sort: bool = setting(True, "sub-networks keep the most important members, not the first ones", step="train")
+    drawn: int = setting(2, "sub-networks drawn in each step", step="train", low=1)
+    bins: int = setting(22, "bins of parameter counts", step="train", low=1)
+    draws: int = setting(10, "candidates for each bin, the best of which is trained", step="train", low=1)
+    trials: int = setting(1000, "attempts to draw one before a bin is left empty", step="train", low=1)
+    teacher: Literal["in-place", "dense"] = setting(
+        "in-place", "what sub-networks imitate: the full network as it is in that step, or the model before training",
+        step="train", flag="teacher",
+    )  # fmt: skip
+    ce: float = setting(0.0, "weight of the cross entropy beside a teacher", step="train", flag="ce", low=0)
+    kd: float = setting(1.0, "weight of their divergence from the teacher", step="train", flag="kd", low=0)
+    divergence: Literal["forward_kl", "reverse_kl", "js"] = setting(
+        "forward_kl", "divergence of teacher and network", step="train", flag="divergence"
+    )
+    temperature: float = setting(1.0, "softening of both in the divergence", step="train", above=0)
+    epochs: float = setting(1.0, "times that the data are seen", step="train", flag="epochs", above=0)
+    steps: int | None = setting(None, "optimiser steps instead of epochs", step="train", flag="steps", low=1)
+    batch: int = setting(8, "windows in one forward of one process", step="train", flag="micro-batch", low=1)
+    accumulation: int = setting(1, "forwards that one step adds up", step="train", flag="accumulation", low=1)
+    lr: float | None = setting(
+        None, "highest learning rate; `none`: 1e-4 for all weights, 5e-4 for adapters", step="train", flag="lr", above=0
+    )
+    warmup: float = setting(0.05, "warm-up: a share of the steps, or (from 1) their number", step="train", low=0)
+    weight_decay: float = setting(0.0, "weight decay of AdamW", step="train", low=0)
+    clip: float = setting(1.0, "greatest norm of a gradient; 0: any", step="train", low=0)
+    rank: int = setting(0, "rank of LoRA adapters; 0: all weights are trained", step="train", flag="rank", low=0)
+    alpha: float | None = setting(None, "adapters are scaled by alpha / rank; `none`: 2 x rank", step="train", above=0)
+    dropout: float = setting(0.0, "dropout of adapters", step="train", low=0, high=0.99)
+    adapt: Literal["linear", "attention", "mlp", "all"] = setting(
+        "linear", "matrices that get adapters: of the layers, of one kind, or also embedding and output", step="train",
+        flag="adapt",
+    )  # fmt: skip
+    precision: Literal["auto", "bfloat16", "float32"] = setting(
+        "auto",
+        "of matrix products (auto: bfloat16); what is trained is float32",
+        step="train",
+        flag="precision",
+    )
+    checkpointing: bool = setting(False, "forget activations and compute them again: less memory", step="train")
+    save_every: int = setting(50, "steps between two states from which training goes on", step="train", low=1)
+    eval_every: int = setting(0, "steps between two looks at the held-out windows; 0: none", step=ANYWHERE, low=0)
+    log_every: int = setting(10, "steps between two lines of the log", step=ANYWHERE, low=1)
+    report_to: str = setting("none", "where Trainer logs to: tensorboard, wandb, mlflow, ... or none", step=ANYWHERE)
