@@ -22,7 +22,7 @@ class TrainConfig(Section):
     packing: bool = setting(True, "rows follow one another in the windows; else each has its own", step="train")
     holdout: int = setting(16, "windows that are not trained on, to watch the training", step="train", low=0)
     space: Literal[
-        "joint", "llama_joint", "llama_heads", "llama", "llama2", "hw_gpt_bench", "small", "medium", "groups", "layers"
+        "llama_joint", "llama_heads", "llama", "llama2", "hw_gpt_bench", "small", "medium", "groups", "layers"
     ] = setting("groups", "widths that sub-networks may take while training", step="train", flag="space")
     strategy: Literal["standard", "random", "sandwich", "sandwich-grid"] = setting(
         "sandwich",

@@ -1,0 +1,321 @@
+"""Training: a sandwich's gradients are sums, resuming changes nothing, two processes are one with twice the batches."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CONFIGS, ragged, tiny, tokens
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunus import adapters
+from prunus.errors import UserError
+from prunus.families import family_of, full
+from prunus.instructions import Windows
+from prunus.learning import TrainConfig
+from prunus.slicing import activate, extract
+from prunus.subnetwork import LayerShape, SubNetwork
+from prunus.teaching import Teacher
+from prunus.training import Job, fit, last_checkpoint
+
+CONFIG = TrainConfig(
+    length=16, batch=2, steps=4, precision="float32", save_every=2, log_every=1, lr=1e-3, warmup=1, holdout=0
+)
+
+
+def windows(n: int = 24) -> Windows:
+    ids = tokens(n, 16, seed=5)
+    labels = ids.clone()
+    labels[:, 0] = -100
+    labels[::3, 5:9] = -100
+    return Windows(ids, labels)
+
+
+def job(out: Path, name: str = "llama", subs: list[SubNetwork | None] | None = None, **more: Any) -> Job:
+    model: Any = tiny(name)
+    config = more.pop("config", CONFIG)
+    family = family_of(model.config)
+    if config.rank:
+        torch.manual_seed(3)
+        adapters.attach(model, family, rank=config.rank, adapted=config.adapt, dropout=config.dropout)
+    drawn = subs if subs is not None else [None, ragged(model.config), ragged(model.config, seed=4)]
+    return Job(model, family, windows(), config, out, draw=lambda rng: drawn, **more)
+
+
+def calm(model: Any) -> Any:
+    """The model without dropout, which OPT and GPT-2 have by default."""
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def losses(history: list[dict[str, float]]) -> list[float]:
+    return [row["loss"] for row in history if "loss" in row]
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_sandwich_step_is_the_sum_of_its_networks(name: str, tmp_path: Path) -> None:
+    """One step of plain SGD-like size: the first AdamW step depends on the gradient's sign; compare the gradients."""
+    one = job(tmp_path, name, config=replace(CONFIG, steps=1, kd=0.7, ce=0.3, temperature=1.3, clip=0.0))
+    seen: dict[str, torch.Tensor] = {}
+    calm(one.model)
+    dense: Any = calm(tiny(name))
+    subs = one.draw(random.Random(0))  # type: ignore[misc]
+
+    class Stop(Exception):
+        pass
+
+    import prunus.training as training
+
+    class Watching(training.SandwichTrainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            seen.update({n: p.grad.clone() for n, p in self.network.model.named_parameters() if p.grad is not None})
+            seen["ids"], seen["labels"], seen["loss"] = inputs["input_ids"], inputs["labels"], loss
+            raise Stop
+
+    original = training.SandwichTrainer
+    training.SandwichTrainer = Watching  # type: ignore[misc]
+    try:
+        with pytest.raises(Stop):
+            fit(one)
+    finally:
+        training.SandwichTrainer = original  # type: ignore[misc]
+    ids, labels = seen.pop("ids"), seen.pop("labels")
+    loss_found = seen.pop("loss")
+    wanted = labels[:, 1:] != -100
+    total = 0.0
+    dense.train()
+
+    def picked(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, :-1][wanted].float()
+
+    reference = None
+    for sub in subs:
+        with activate(dense, one.family, sub or full(dense.config)):
+            logits = picked(dense(input_ids=ids, use_cache=False).logits)
+            ce = torch.nn.functional.cross_entropy(logits, labels[:, 1:][wanted], reduction="sum")
+            if reference is None:
+                loss, reference = ce, logits.detach()
+            else:
+                p, q = (torch.log_softmax(x / 1.3, -1) for x in (reference, logits))
+                loss = 0.3 * ce + 0.7 * 1.3**2 * (p.exp() * (p - q)).sum()
+            loss = loss / int(wanted.sum()) / 3
+            loss.backward()
+            total += float(loss.detach())
+    assert float(loss_found) == pytest.approx(total, rel=1e-4)
+    for key, p in dense.named_parameters():
+        if p.grad is not None:
+            assert torch.allclose(seen[key], p.grad, atol=1e-5 + 1e-3 * float(p.grad.abs().max())), key
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_resumed_training_is_the_uninterrupted_one(rank: int, tmp_path: Path) -> None:
+    config = replace(CONFIG, rank=rank, dropout=0.1 if rank else 0.0, steps=6, accumulation=2)
+    whole = job(tmp_path / "whole", config=config)
+    first = fit(whole)
+
+    class Killed(Exception):
+        pass
+
+    broken = job(tmp_path / "broken", config=config)
+
+    def kill(n: int) -> None:
+        kill.steps += 1  # type: ignore[attr-defined]
+        if kill.steps == 5:  # type: ignore[attr-defined]
+            raise Killed
+
+    kill.steps = 0  # type: ignore[attr-defined]
+    with pytest.raises(Killed):
+        fit(replace(broken, advance=kill))
+    kept = last_checkpoint(tmp_path / "broken")
+    assert kept is not None
+    assert kept.name == "checkpoint-4"
+    (tmp_path / "broken" / "checkpoint-99").mkdir()  # a state that was not written whole does not count
+    again = job(tmp_path / "broken", config=config)
+    second = fit(again)
+    assert losses(second.history) == losses(first.history)
+    wanted = weights(whole.model)
+    for name, p in weights(again.model).items():
+        assert torch.equal(p, wanted[name]), name
+    third = job(tmp_path / "broken", config=config)  # nothing is left to do
+    assert fit(third).steps == 6
+    assert all(torch.equal(p, wanted[n]) for n, p in weights(third.model).items())
+
+
+def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
+    fit(job(tmp_path))
+    with pytest.raises(UserError, match=r"other settings: lr \(0.001, now 0.002\)"):
+        fit(job(tmp_path, config=replace(CONFIG, lr=2e-3)))
+    with pytest.raises(UserError, match="other settings: model"):
+        fit(job(tmp_path, belongs_to={"model": "b"}))
+    record = json.loads((tmp_path / "training.json").read_text())
+    (tmp_path / "training.json").write_text(json.dumps({**record, "processes": 4}))
+    with pytest.raises(UserError, match=r"processes \(4, now 1\)"):
+        fit(job(tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    one = job(tmp_path)
+
+    def poison(n: int) -> None:
+        poison.steps += 1  # type: ignore[attr-defined]
+        if poison.steps == 3:  # type: ignore[attr-defined]
+            one.model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = float("nan")
+
+    poison.steps = 0  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"nan at step 4, in the full network; .*checkpoint-2"):
+        fit(replace(one, advance=poison))
+    from safetensors.torch import load_file
+
+    kept = load_file(tmp_path / "checkpoint-2" / "trainable.safetensors")
+    assert all(bool(torch.isfinite(t).all()) for t in kept.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "qwen2"])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_every_sub_network_merge_into_it(name: str, tmp_path: Path) -> None:
+    config = replace(CONFIG, rank=3, steps=3, lr=1e-2, adapt="linear")
+    one = job(tmp_path, name, config=config)
+    before = {n: p for n, p in weights(one.model).items() if "lora_" not in n}
+    fit(one)
+    after = weights(one.model)
+    assert all(torch.equal(after[n], p) for n, p in before.items())  # only adapters were trained
+    ids = tokens()
+    subs = [full(one.model.config), ragged(one.model.config), ragged(one.model.config, seed=9, hidden=False)]
+    adapted = []
+    with torch.no_grad():
+        for sub in subs:
+            with activate(one.model, one.family, sub):
+                adapted.append(one.model(ids, use_cache=False).logits)
+        adapters.merge(one.model)
+        assert not any("lora_" in n for n, _ in one.model.named_parameters())
+        for sub, wanted in zip(subs, adapted, strict=True):
+            found = extract(one.model, one.family, sub)(ids, use_cache=False).logits
+            assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max())), sub
+    assert float((adapted[0] - tiny(name)(ids).logits).abs().max()) > 1e-3  # the training did something
+
+
+def test_adapters_of_dropped_sub_layers_get_no_gradient(tmp_path: Path) -> None:
+    model: Any = tiny("llama")
+    whole = full(model.config)
+    sub = SubNetwork(whole.hidden, (*whole.layers[:3], LayerShape(0, 0, 0)))
+    one = job(tmp_path, subs=[sub], config=replace(CONFIG, rank=2, steps=2))
+    before = weights(one.model)
+    fit(one)
+    changed = {n for n, p in weights(one.model).items() if not torch.equal(p, before[n])}
+    assert changed
+    assert not any("layers.3." in n for n in changed)
+
+
+def test_embedding_adapters_are_refused_where_one_matrix_serves_both_ends() -> None:
+    model: Any = tiny("qwen2")
+    with pytest.raises(UserError, match="use --adapt linear"):
+        adapters.attach(model, family_of(model.config), rank=2, adapted="all")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embedding_and_head_can_be_adapted(tmp_path: Path) -> None:
+    one = job(tmp_path, config=replace(CONFIG, rank=2, steps=3, lr=1e-2, adapt="all"))
+    fit(one)
+    sub = ragged(one.model.config)
+    with torch.no_grad():
+        with activate(one.model, one.family, sub):
+            wanted = one.model(tokens(), use_cache=False).logits
+        adapters.merge(one.model)
+        found = extract(one.model, one.family, sub)(tokens(), use_cache=False).logits
+    assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_network_learns_from_a_teacher_that_is_asked_once_for_each_window(tmp_path: Path) -> None:
+    dense: Any = tiny("llama")
+    family = family_of(dense.config)
+    small: Any = extract(dense, family, ragged(dense.config, hidden=False))
+    data = windows(8)
+    teacher = Teacher(dense, tmp_path / "cache", len(data), 16)
+    calls: list[int] = []
+    compute = teacher.compute
+    teacher.compute = lambda ids: (calls.append(len(ids)), compute(ids))[1]  # type: ignore[method-assign]
+    config = replace(CONFIG, steps=None, epochs=30, lr=3e-3)
+    one = Job(small, family, data, config, tmp_path / "out", teacher=teacher, holdout=windows(4))
+    history = fit(one).history
+    scored = [row["eval_network_kl"] for row in history if "eval_network_kl" in row]
+    assert sum(calls) == 8 + 2 * 4  # the training windows once, the held-out ones before and after
+    assert losses(history)[-1] < 0.5 * losses(history)[0]
+    assert scored[-1] < scored[0]
+    ids = data.ids[:2]
+    assert torch.equal(teacher.hidden(torch.tensor([0, 1]), ids), compute(ids))
+
+
+def test_checkpointed_activations_change_nothing(tmp_path: Path) -> None:
+    plain, thrifty = job(tmp_path / "a"), job(tmp_path / "b", config=replace(CONFIG, checkpointing=True))
+    assert losses(fit(thrifty).history) == pytest.approx(losses(fit(plain).history), rel=1e-5)
+
+
+def test_a_sandwich_step_costs_what_its_networks_cost(tmp_path: Path) -> None:
+    def cost(subs: list[SubNetwork | None], out: str) -> int:
+        with FlopCounterMode(display=False) as counter:
+            fit(job(tmp_path / out, subs=subs, config=replace(CONFIG, steps=1)))
+        return int(counter.get_total_flops())
+
+    config = tiny("llama").config
+    subs: list[SubNetwork | None] = [None, ragged(config), ragged(config, seed=2), ragged(config, seed=3)]
+    alone = sum(cost([sub], f"one{k}") for k, sub in enumerate(subs))
+    assert alone <= cost(subs, "all") <= 1.1 * alone
+
+
+SCRIPT = """
+import sys, json
+sys.path.insert(0, {tests!r})
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from test_training import CONFIG, job, losses, weights
+from prunus.training import fit
+out = Path(sys.argv[1])
+one = job(out, config=replace(CONFIG, accumulation=int(sys.argv[2]), steps=3, rank=int(sys.argv[3]), kd=0.5, ce=0.5))
+history = fit(one).history
+import os
+if os.environ.get("RANK", "0") == "0":
+    torch.save((losses(history), weights(one.model)), out / "found.pt")
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_two_processes_are_one_with_twice_the_accumulation(rank: int, tmp_path: Path) -> None:
+    """Subprocesses import torch and start a process group: some seconds."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(script)]
+    for command, out, accumulation in (
+        (launch, "two", 1),
+        ([sys.executable, str(script)], "one", 2),
+    ):
+        done = subprocess.run(
+            [*command, str(tmp_path / out), str(accumulation), str(rank)], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    (two, w2), (one, w1) = (torch.load(tmp_path / name / "found.pt") for name in ("two", "one"))
+    assert two == pytest.approx(one, rel=1e-5)
+    for name, p in w1.items():
+        assert torch.allclose(p, w2[name], atol=1e-5), name
+    assert not torch.equal(
+        w1[next(n for n in w1 if "lora_B" in n or not rank)], copy.deepcopy(tiny("llama")).lm_head.weight
+    )
