@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MANY = ("--keep", *(f"--{kind.replace('_', '-')}" for kind in LIMITS))  # flags that take several values after one
 COMMON = ("device", "dtype", "seed")
-RESUMABLE = ("compress", "recover", "score", "reform", "search", "extract", "report")
+RESUMABLE = ("compress", "recover", "score", "train", "reform", "search", "extract", "report")
 
 
 class Verb(click.Command):
@@ -425,6 +425,7 @@ def _step(name: str, sentence: str) -> click.Command:
 
 
 _step("score", "How important is each unit? The first step of a run, after its calibration text.")
+_step("train", "The super-network, trained so that its sub-networks are good by themselves.")
 _step("reform", "Errors and weights of every level of every sub-layer.")
 _step("search", "The widths to keep, for every target.")
 _step("extract", "The checkpoints of the networks that the search chose.")

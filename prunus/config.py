@@ -329,6 +329,12 @@ def settings() -> Mapping[str, Setting]:
     return types.MappingProxyType({one.key: one for one in declared(CompressConfig)})
 
 
+def defaults() -> dict[str, Any]:
+    """The settings that need not be given, with what they are then; plain data."""
+    flat = {key: one.default for key, one in settings().items() if one.default is not dataclasses.MISSING}
+    return {key: _plain(value) for key, value in flat.items()}
+
+
 def flatten(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys as dotted ones."""
     flat: dict[str, Any] = {}

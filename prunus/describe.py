@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from prunus import costs, latency, machine
 from prunus.choosing import open_record
+from prunus.errors import UserError
 from prunus.evaluation import compare_speed, perplexity, text_ids
 from prunus.families import dims
 from prunus.finishing import holdout_nats
@@ -176,6 +178,8 @@ tokenizer = AutoTokenizer.from_pretrained("PATH"{extra})
 
 def _tier(s: Session) -> str:
     source = s.run.notes.get("calibration_source", s.config.calibration.source)
+    if s.tier:
+        return f"after training the super-network on {Path(str(s.config.train.data)).name}; calibrated on {source}"
     return f"without training; calibrated on {source}"
 
 
@@ -279,6 +283,13 @@ def scores(s: Session, orders: Mapping[str, Tensor]) -> dict[str, Any]:
         "layers": len(s.stream),
         "least_important": {unit: [row.flatten().tolist()[-8:] for row in order] for unit, order in orders.items()},
     }
+
+
+def trained(s: Session) -> dict[str, Any]:
+    """The result of the step `train`: what was trained, on what, and what it cost."""
+    if not s.config.train.data:
+        raise UserError("this run has no training data; name them with --train FILE")
+    return {"run": str(s.run.directory), **s.run.notes.get("train", {})}
 
 
 def levels(s: Session, p: Prepared) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Grid:
         return SubNetwork(
             hidden,
             tuple(
-                LayerShape(*heads, self._neurons(mlp, hidden)) if i in alive else LayerShape(0, 0, 0)
+                LayerShape(heads[0], heads[1], self._neurons(mlp, hidden)) if i in alive else LayerShape(0, 0, 0)
                 for i, (heads, mlp) in enumerate(pairs)
             ),
         )

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from prunus import choosing, describe, finishing, loading, steps
+from prunus import choosing, describe, finishing, loading, steps, supernet
 from prunus.changes import TARGETS
 from prunus.config import CompressConfig, flatten
 from prunus.families import family_of
@@ -18,7 +18,7 @@ from prunus.run import Run, read_manifest
 from prunus.steps import Session
 from prunus.subnetwork import SubNetwork
 
-Step = Literal["score", "reform", "search", "extract", "report"]
+Step = Literal["score", "train", "reform", "search", "extract", "report"]
 
 
 def compress(config: CompressConfig, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
@@ -51,6 +51,12 @@ def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> d
         orders = steps.score(s, ids)
         if last == "score":
             return describe.scores(s, orders)
+        dense = None
+        if config.train.data:
+            dense = describe.measure_dense(s)  # while the weights are the dense model's
+            orders = supernet.train(s, ids, orders)
+        if last == "train":
+            return describe.trained(s)
         prepared = steps.reform_levels(s, ids, holdout, orders)
         if last == "reform":
             return describe.levels(s, prepared)
@@ -60,7 +66,7 @@ def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> d
         if last == "search":
             return describe.found(s, chosen)
         weights = finishing.refit(s, prepared, ids, chosen)
-        dense = describe.measure_dense(s)
+        dense = dense or describe.measure_dense(s)
         figures = {name: describe.measure(s, prepared, name, sub, weights[name]) for name, sub in chosen.items()}
         for name, sub in chosen.items():
             card, manifest = describe.card(s, name, figures[name], dense), describe.manifest(s, sub, figures[name])

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from prunus import changes
 from prunus.artefact import FORMATS, fingerprint, flush, matches, place, remove, write_text, writing
-from prunus.config import STEPS, difference, flatten, nest, to_yaml
+from prunus.config import STEPS, defaults, difference, flatten, nest, to_yaml
 from prunus.errors import UserError
 from prunus.machine import Meter, environment, reset_peak
 
@@ -126,8 +126,8 @@ class Run:
         """Refuse what differs; take over what may differ."""
         self.refuse_other(source, "choose another --out")
         new = _plain(config)
-        differing = [key for key in difference(self.config, new) if key != "model"]  # the model's path may change
-        old_values, new_values = flatten(self.config), flatten(new)
+        old_values, new_values = {**defaults(), **flatten(self.config)}, flatten(new)  # older runs lack newer settings
+        differing = [key for key in difference(old_values, new_values) if key != "model"]  # the model's path may change
         refused = [
             key
             for key in differing

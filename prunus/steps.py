@@ -52,6 +52,7 @@ class Session:
     whole: SubNetwork = field(init=False)
     timetable: Timetable | None = None  # of this device, where the targets are times
     is_sorted: bool = False
+    tier: Literal["", "-trained"] = ""  # "-trained" once the weights are those of the trained super-network
 
     def __post_init__(self) -> None:
         self.stream = LayerStream(self.model, self.family)
@@ -87,6 +88,16 @@ class Session:
     def width(self) -> int:
         """Bytes of one parameter."""
         return next(self.model.parameters()).element_size()
+
+    @property
+    def grams(self) -> str:
+        """The artefact of the second moments that belong to the weights of now."""
+        return f"grams{self.tier}"
+
+    @property
+    def fisher(self) -> str:
+        """The artefact of the curvature that belongs to the weights of now."""
+        return f"fisher{self.tier}.safetensors"
 
     @property
     def request(self) -> Request:
@@ -129,8 +140,8 @@ def calibrate(s: Session) -> tuple[Tensor, Tensor]:
     return tokens["calibration"].to(s.device), tokens["holdout"].to(s.device)
 
 
-def score(s: Session, ids: Tensor) -> dict[str, Tensor]:
-    """The orders that `slicing.sort` takes, most important members first; also leaves Fisher and Gram matrices."""
+def measure_moments(s: Session, ids: Tensor, step: str = "score") -> dict[str, Tensor]:
+    """Fisher matrices of the writers' outputs (returned) and Gram matrices of their inputs (a folder)."""
     r = s.config.reform
     fisher: dict[str, Tensor] = {}
     if r.fisher:
@@ -141,9 +152,16 @@ def score(s: Session, ids: Tensor) -> dict[str, Tensor]:
                 a, m = moments.fisher(s.model, s.family, sample, seed=s.config.seed, advance=_counted(s, advance, 3))
             return {"attention": a.cpu(), "mlp": m.cpu()}
 
-        fisher = s.run.do("score", "fisher.safetensors", curvature)
-    s.run.do("score", "grams", lambda: _collect_grams(s, ids), save=_move, load=lambda path: path)
-    grams = s.run.path("grams")
+        fisher = s.run.do(step, s.fisher, curvature)
+    s.run.do(step, s.grams, lambda: _collect_grams(s, ids), save=_move, load=lambda path: path)
+    return fisher
+
+
+def score(s: Session, ids: Tensor) -> dict[str, Tensor]:
+    """The orders that `slicing.sort` takes, most important members first; also leaves Fisher and Gram matrices."""
+    r = s.config.reform
+    fisher = measure_moments(s, ids)
+    grams = s.run.path(s.grams)
 
     def orders() -> dict[str, Tensor]:
         if r.order == "score":
@@ -206,7 +224,7 @@ def sort_model(s: Session, orders: Mapping[str, Tensor]) -> levels.Levels:
         s.is_sorted = True
     r = s.config.reform
     return levels.Levels(
-        s.model, s.family, s.run.path("grams"), orders=orders, damping=r.damping, method=r.method,
+        s.model, s.family, s.run.path(s.grams), orders=orders, damping=r.damping, method=r.method,
         iterations=r.iterations,
     )  # fmt: skip
 
@@ -226,7 +244,7 @@ def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str,
     """Reformed error of every nested level, and what it means in nats; sorts the model."""
     database = sort_model(s, orders)
     r, c = s.config.reform, s.config.search
-    fisher = load_file(s.run.path("fisher.safetensors")) if r.fisher else {}
+    fisher = load_file(s.run.path(s.fisher)) if r.fisher else {}
 
     def curves() -> dict[str, Tensor]:
         d, rows = dims(s.model.config), []

@@ -35,6 +35,7 @@ from prunus.teaching import Teacher
 Draw = Callable[[random.Random], Sequence[SubNetwork | None]]  # the sub-networks of one step; None: the model as it is
 STATE = "trainable.safetensors"
 RECORD = "training.json"
+LOG = "log.jsonl"
 LOOKS = ("report_to", "log_every", "eval_every")  # settings that change nothing in what is trained
 
 
@@ -321,7 +322,7 @@ def fit(job: Job) -> Fitted:
     trainer = SandwichTrainer(
         network, args, family=job.family, draw=job.draw, watched=job.watched, teacher=job.teacher, holdout=job.holdout,
         train_dataset=Rows(job.windows), eval_dataset=Rows(job.holdout) if job.holdout else None,
-        callbacks=[_Advance(job.advance)],
+        callbacks=[_Advance(job)],
     )  # fmt: skip
     for callback in (*trainer.callback_handler.callbacks,):
         if type(callback).__name__ == "PrinterCallback":
@@ -402,10 +403,15 @@ def arguments(job: Job) -> TrainingArguments:
 
 
 class _Advance(TrainerCallback):
-    """Progress of steps."""
+    """Progress of steps, and the log as a file: one line of JSON for each."""
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self.advance = advance
+    def __init__(self, job: Job) -> None:
+        self.advance, self.log = job.advance, job.out / LOG
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.advance(1)

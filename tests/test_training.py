@@ -303,13 +303,17 @@ def test_two_processes_are_one_with_twice_the_accumulation(rank: int, tmp_path: 
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     for command, out, accumulation in (
         (launch, "two", 1),
         ([sys.executable, str(script)], "one", 2),
     ):
         done = subprocess.run(
-            [*command, str(tmp_path / out), str(accumulation), str(rank)], env=env, capture_output=True, text=True
+            [*command, str(tmp_path / out), str(accumulation), str(rank)],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr[-3000:]
     (two, w2), (one, w1) = (torch.load(tmp_path / name / "found.pt") for name in ("two", "one"))
