@@ -222,13 +222,21 @@ def compress(model: str | None, out: str, **parameters: Any) -> None:
 @click.option("--against", metavar="MODEL", help="also the KL divergence to this model, the dense one usually")
 @click.option("--join", type=click.Choice(["auto", "rows", "raw"]), default="auto", help="how lines become one text")
 @click.option("--speed", is_flag=True, help="also tokens per second, against --against where it is given")
+@click.option("--tasks", metavar="NAMES", help="lm-eval tasks, by commas; `paper` and `shen7` are suites of them")
+@click.option(
+    "--tasks-path", metavar="DIR", help="task files of lm-eval, e.g. for local data; only these are read then"
+)
+@click.option(
+    "--shots", metavar="N", type=click.IntRange(0), help="examples before each question, whatever a suite says"
+)
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="questions of each task at most")
 def evaluate(checkpoint: str, against: str | None, join: Join, speed: bool, **parameters: Any) -> None:
-    """Perplexity of CHECKPOINT on a text, by the standard protocol: chunks of equal length, no overlap."""
+    """Perplexity of CHECKPOINT on a text, by the standard protocol (chunks of equal length, no overlap); tasks."""
     config = resolve(parameters["config"], {**given(parameters), "model": checkpoint})
     text = config.test_text
-    if text is None:
-        raise UserError("no text to evaluate on; give --text FILE")
-    if not Path(text).is_file():
+    if text is None and not parameters["tasks"]:
+        raise UserError("nothing to evaluate on; give --text FILE, --tasks NAMES, or both")
+    if text is not None and not Path(text).is_file():
         raise UserError(f"no text file {text!r}; give --text FILE")
     terminal = Terminal(parameters["quiet"])
     from prunus.evaluation import evaluate
@@ -243,32 +251,52 @@ def evaluate(checkpoint: str, against: str | None, join: Join, speed: bool, **pa
         trust_remote_code=config.trust_remote_code,
         compress=False,
     )
-    dense = against and load(
-        against, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code, compress=False
-    )
-    with terminal.progress()("evaluation", config.test_chunks) as advance:
-        seen = 0
-
-        def scanned(done: int, total: int) -> None:
-            nonlocal seen
-            advance(done - seen)
-            seen = done
-
-        found = evaluate(
-            loaded.model,
-            loaded.tokenizer,
-            text,
-            length=config.test_length,
-            chunks=config.test_chunks,
-            against=dense.model if dense else None,
-            join=join,
-            column=config.calibration.column,
-            directory=checkpoint if Path(checkpoint).exists() else None,
-            speed=speed,
-            progress=scanned,
+    found: dict[str, Any] = {"checkpoint": checkpoint}
+    if text is not None:
+        dense = against and load(
+            against,
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            compress=False,
         )
-    names = {"checkpoint": checkpoint, **({"against_name": against} if against else {})}
-    terminal.result({**names, **found}, parameters["json"])
+        with terminal.progress()("evaluation", config.test_chunks) as advance:
+            found |= {"against_name": against} if against else {}
+            found |= evaluate(
+                loaded.model,
+                loaded.tokenizer,
+                text,
+                length=config.test_length,
+                chunks=config.test_chunks,
+                against=dense.model if dense else None,
+                join=join,
+                column=config.calibration.column,
+                directory=checkpoint if Path(checkpoint).exists() else None,
+                speed=speed,
+                progress=_steps(advance),
+            )
+    if parameters["tasks"]:
+        from prunus.tasks import asked_for, evaluate_tasks
+
+        asked = asked_for(parameters["tasks"].replace(",", " ").split(), parameters["shots"])
+        with terminal.progress()("tasks", len(asked)) as advance:
+            found |= evaluate_tasks(
+                loaded.model, loaded.tokenizer, asked, path=parameters["tasks_path"], limit=parameters["limit"],
+                seed=config.seed, advance=advance,
+            )  # fmt: skip
+    terminal.result(found, parameters["json"])
+
+
+def _steps(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """Progress that is told how many are done in all, as progress that is told how many more."""
+    seen = 0
+
+    def scanned(done: int, total: int) -> None:
+        nonlocal seen
+        advance(done - seen)
+        seen = done
+
+    return scanned
 
 
 @flags("revision", "trust_remote_code", "calibration.samples", "calibration.length")

@@ -118,6 +118,10 @@ def rendered(result: Mapping[str, Any]) -> Iterator[Table | Text]:
         yield evaluation(result)
         if result.get("speed") and "against" not in result:
             yield pairs({f"{key} tokens/s": value for key, value in result["speed"].items()})
+        if result.get("tasks"):
+            yield Text()
+            yield rows(result["tasks"])
+            yield pairs({"mean": result["mean"], "standard error": result["mean_se"]})
     else:
         facts = {key: value for key, value in result.items() if _is_fact(value) and key not in PLACES}
         if facts:

@@ -1,0 +1,179 @@
+"""Floor 3: zero-shot and few-shot tasks by lm-eval, with its standard errors: the field's figures beside perplexity."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from prunus.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One task: how many examples stand before the question, and which figure counts."""
+
+    task: str
+    shots: int
+    metric: str
+
+
+def _suite(*rows: tuple[str, int, str]) -> tuple[Asked, ...]:
+    return tuple(Asked(*row) for row in rows)
+
+
+SUITES: Mapping[str, tuple[Asked, ...]] = MappingProxyType(
+    {
+        # Sukthanker et al. 2025 (arXiv:2410.06479v3), tasks, shots and metrics of their code
+        "paper": _suite(
+            ("winogrande", 5, "acc"),
+            ("hellaswag", 10, "acc_norm"),
+            ("arc_challenge", 25, "acc_norm"),
+            ("arc_easy", 0, "acc_norm"),
+            ("piqa", 0, "acc"),
+            ("boolq", 0, "acc"),
+            ("truthfulqa_mc2", 0, "acc"),
+            ("gsm8k", 5, "exact_match,strict-match"),
+            ("mmlu", 5, "acc"),
+            ("lambada_openai", 0, "acc"),
+            ("mathqa", 0, "acc_norm"),
+        ),
+        # the seven tasks of Shen et al. 2024 (arXiv:2409.17372), after LLM-Pruner
+        "shen7": _suite(
+            ("boolq", 0, "acc"),
+            ("piqa", 0, "acc"),
+            ("hellaswag", 0, "acc_norm"),
+            ("winogrande", 0, "acc"),
+            ("arc_easy", 0, "acc"),
+            ("arc_challenge", 0, "acc_norm"),
+            ("openbookqa", 0, "acc_norm"),
+        ),
+    }
+)
+NORMED = (
+    "hellaswag",
+    "arc_challenge",
+    "arc_easy",
+    "openbookqa",
+    "mathqa",
+    "sciq",
+)  # acc_norm where nothing else is said
+
+
+def asked_for(names: Sequence[str], shots: int | None = None) -> tuple[Asked, ...]:
+    """Tasks by name, suites ("paper", "shen7") by their tasks; shots: instead of what they say."""
+    found: dict[str, Asked] = {}
+    for name in names:
+        one = SUITES.get(name) or (Asked(name, 0, "acc_norm" if name in NORMED else ""),)
+        found |= {a.task: Asked(a.task, a.shots if shots is None else shots, a.metric) for a in one}
+    if not found:
+        raise UserError(f"no tasks were named; give tasks of lm-eval, or one of {', '.join(SUITES)}")
+    return tuple(found.values())
+
+
+def evaluate_tasks(
+    model: Any,
+    tokenizer: Any,
+    asked: Sequence[Asked],
+    *,
+    path: str | Path | None = None,
+    limit: int | None = None,
+    batch: int = 8,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Accuracies of a model, with standard errors, as plain data.
+
+    path: a folder of lm-eval task files; only those are read then, which needs no network where they name local data.
+    limit: examples of each task at most (of each of MMLU's subjects). advance is told the tasks that are done.
+    Returns {"tasks": [{task, value, se, metric, shots, n}], "mean", "mean_se", "limit"}; the standard error of the mean is
+    that of independent tasks. Raises UserError for a missing package, folder, task or data, before the first forward
+    where it can be known.
+    """
+    try:
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError("tasks need the package lm-eval; install it with pip install 'prunus[eval]'") from error
+    if path is not None and not any(Path(path).glob("**/*.yaml")):
+        raise UserError(f"{str(path)!r} holds no task files (.yaml); give a folder of lm-eval tasks with --tasks-path")
+    for name in ("lm_eval", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    manager = TaskManager(include_path=str(path) if path else None, include_defaults=path is None)
+    known = set(manager.all_tasks)
+    if unknown := [a.task for a in asked if a.task not in known]:
+        where = f"in {str(path)!r}" if path else "in lm-eval"
+        raise UserError(f"there is no task {', '.join(unknown)} {where}; known are {_some(known)}")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    found: dict[str, dict[str, Any]] = {}
+    for shots in dict.fromkeys(a.shots for a in asked):
+        own = [a for a in asked if a.shots == shots]
+        raw = _evaluated(wrapped, own, shots, manager, limit, seed)
+        found |= {a.task: _figure(raw, a) for a in own}
+        advance(len(own))
+    values = [one["value"] for one in found.values()]
+    errors = [one["se"] for one in found.values()]
+    return {
+        "tasks": [{"task": a.task, **found[a.task]} for a in asked],
+        "mean": sum(values) / len(values),
+        "mean_se": math.sqrt(sum(e * e for e in errors)) / len(errors) if None not in errors else None,
+        "limit": limit,
+    }
+
+
+def _evaluated(
+    wrapped: Any, asked: Sequence[Asked], shots: int, manager: Any, limit: int | None, seed: int
+) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+
+    try:
+        raw = simple_evaluate(
+            model=wrapped, tasks=[a.task for a in asked], num_fewshot=shots, task_manager=manager, limit=limit,
+            log_samples=False, bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )  # fmt: skip
+    except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
+        hint = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "is the hub reachable?"
+        text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"the data of {', '.join(a.task for a in asked)} cannot be read ({text}); {hint} Give task files that name "
+            "local data with --tasks-path"
+        ) from error
+    return dict(raw or {})
+
+
+def _figure(raw: Mapping[str, Any], one: Asked) -> dict[str, Any]:
+    """The figure of one task and its standard error."""
+    row: Mapping[str, Any] = raw["results"][one.task]
+    names = [one.metric] if "," in one.metric else [f"{m},none" for m in (one.metric, "acc", "exact_match") if m]
+    names += [key for key, value in row.items() if isinstance(value, float) and "stderr" not in key]
+    key = next(name for name in names if name in row)
+    metric, _, how = key.partition(",")
+    se = row.get(f"{metric}_stderr,{how}")
+    counted = raw.get("n-samples", {}).get(one.task, {})
+    n = counted.get("effective") if counted else sum(
+        c["effective"] for name, c in raw.get("n-samples", {}).items() if name.startswith(f"{one.task}_")
+    )  # fmt: skip
+    return {
+        "value": float(row[key]),
+        "se": float(se) if isinstance(se, float) else None,
+        "metric": key.removesuffix(",none"),
+        "shots": one.shots,
+        "n": n,
+    }
+
+
+def _some(names: set[str], n: int = 12) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:n]) + (f" and {len(listed) - n} more" if len(listed) > n else "")
+
+
+__all__ = ["SUITES", "Asked", "asked_for", "evaluate_tasks"]

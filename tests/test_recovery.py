@@ -1,0 +1,198 @@
+"""`recover`, the step `train` and task accuracies, on a really trained tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from prunus import loading, supernet
+from prunus.cli import app
+from prunus.config import CompressConfig, resolve
+from prunus.errors import UserError
+from prunus.evaluation import perplexity, text_ids
+from prunus.families import family_of, full
+from prunus.pipeline import compress
+from prunus.recovery import recover
+from prunus.slicing import activate, extract
+from prunus.subnetwork import LayerShape, SubNetwork
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+MODEL = SHARED / "models" / "stories260k-hf"
+TEXT = SHARED / "tinystories" / "tinystories_part.txt"
+pytestmark = pytest.mark.skipif(
+    not MODEL.is_dir(), reason="needs the tiny trained model of the data beside the project"
+)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A damaged sub-network: the first half of everything, unsorted."""
+    from prunus.checkpoint import save
+
+    loaded = loading.load(str(MODEL))
+    family, whole = family_of(loaded.model.config), full(loaded.model.config)
+    layers = tuple(LayerShape(s.kv_heads, s.q_per_kv, s.mlp // 2 + 4 * i) for i, s in enumerate(whole.layers))
+    out = tmp_path_factory.mktemp("small") / "small"
+    model = extract(loaded.model, family, SubNetwork(whole.hidden, layers))
+    save(model, loaded.tokenizer, out, card="", manifest={"source": {"id": str(MODEL)}, "figures": {"ppl": 1.0}})
+    return out
+
+
+def config(model: Path, **changes: Any) -> CompressConfig:
+    quick = {
+        "model": str(model), "train.data": str(TEXT), "train.length": 64, "train.steps": 40, "train.batch": 8,
+        "train.holdout": 8, "train.lr": 2e-3, "train.precision": "float32", "train.save_every": 10,
+    }  # fmt: skip
+    return resolve(None, {**quick, **{key.replace("__", "."): value for key, value in changes.items()}})
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_network_recovers_and_loads_like_any_other(rank: int, small: Path, tmp_path: Path) -> None:
+    found = recover(config(small, train__rank=rank), str(MODEL), tmp_path / "out")
+    ends = found["held_out"]
+    assert ends["after"]["kl_nats"] < 0.8 * ends["before"]["kl_nats"]
+    assert not (tmp_path / "out.training").exists()
+    ids = text_ids(TEXT, loading.load(str(MODEL)).tokenizer)
+    scores = []
+    for path in (small, tmp_path / "out"):
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+        scores.append(perplexity(model, ids, length=64, chunks=20).nats)
+    assert scores[1] < scores[0] - 0.1
+    manifest = json.loads((tmp_path / "out" / "prunus.json").read_text())
+    assert manifest["recovery"]["tokens"] == 40 * 8 * 64
+    assert manifest["source"]["id"] == str(MODEL)
+    assert "figures" not in manifest
+
+
+def test_what_recover_cannot_do_is_refused_before_any_training(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    other = SHARED / "models" / "babyllama105-hf"
+    for settings, teacher, out, match in (
+        (config(small, train__data=None), str(MODEL), "a", "no training data"),
+        (config(small), str(MODEL), "full", "was not written by Prunus"),
+        (config(small), str(other), "a", "another vocabulary"),
+        (config(small, train__length=4096), str(MODEL), "a", "at most the model's"),
+        (config(small, train__holdout=10**6), str(MODEL), "a", "are to be held out"),
+    ):
+        with pytest.raises(UserError, match=match):
+            recover(settings, teacher, tmp_path / out)
+
+
+def run_config(**changes: Any) -> CompressConfig:
+    return config(
+        MODEL, keep=(0.6,), calibration__source=str(TEXT), calibration__samples=24, calibration__length=128,
+        calibration__holdout=8, search__mlp_step=8, search__generations=0, train__bins=4, train__draws=3,
+        **{"train__steps": 12, "train__lr": 1e-3, **changes},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("run") / "trained"
+    return out, compress(run_config(), out)
+
+
+def test_a_run_trains_before_it_searches(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, data = trained
+    assert [step["name"] for step in data["steps"]] == [
+        "calibrate", "score", "train", "reform", "search", "extract", "evaluate",
+    ]  # fmt: skip
+    note = json.loads((out / "manifest.json").read_text())["notes"]["train"]
+    assert note["steps"] == 12
+    assert note["tokens"] == 12 * 8 * 64
+    first, last = note["held_out"][0], note["held_out"][-1]
+    assert last["eval_loss"] < first["eval_loss"]
+    assert (out / "supernet" / "model.safetensors").is_file()
+    assert "after training the super-network on tinystories_part.txt" in (out / "models/keep-0.6/README.md").read_text()
+    dense = AutoModelForCausalLM.from_pretrained(MODEL)
+    super_network: Any = AutoModelForCausalLM.from_pretrained(out / "supernet")
+    assert sum(p.numel() for p in super_network.parameters()) == sum(p.numel() for p in dense.parameters())
+
+
+def test_sub_networks_of_the_trained_super_network_are_better(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = trained
+    pool = json.loads((out / "pool.json").read_text())
+    ids = text_ids(TEXT, loading.load(str(MODEL)).tokenizer)[-20 * 64 :]
+    sub = SubNetwork.from_json(pool["networks"][1])
+    model: Any = AutoModelForCausalLM.from_pretrained(out / "supernet")
+    with activate(model, family_of(model.config), sub):
+        after = perplexity(model, ids, length=64).nats
+    dense: Any = AutoModelForCausalLM.from_pretrained(MODEL)
+    with activate(dense, family_of(dense.config), sub):
+        before = perplexity(dense, ids, length=64).nats
+    assert after < before
+    assert len(pool["histogram"]["random"]) == 21
+
+
+def test_a_finished_training_is_not_done_again(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(trained[0], out)
+    monkeypatch.setattr(supernet, "_train", lambda *a: pytest.fail("trained again"))
+    again = compress(replace(run_config(), keep=(0.7, 0.6)), out)
+    assert again["chosen"][1]["kl_nats"] == trained[1]["chosen"][0]["kl_nats"]
+
+
+@pytest.mark.parametrize("space", ["llama_joint", "layers"])
+def test_hidden_sizes_and_layers_of_their_own_can_be_trained(space: str, tmp_path: Path) -> None:
+    data = compress(
+        run_config(train__space=space, train__sampler="grid-params", train__steps=2, train__rank=2), tmp_path
+    )
+    assert math.isfinite(data["chosen"][0]["kl_nats"])
+
+
+def test_unsorted_training_in_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.sort is false"):
+        compress(run_config(train__sort=False), tmp_path)
+
+
+def test_the_command_trains_an_existing_run(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["train", str(tmp_path), "--train", "x.txt"])
+    assert done.exit_code == 2
+    assert "is no run of Prunus" in done.output
+
+
+def test_task_accuracies_have_standard_errors(tmp_path: Path) -> None:
+    """lm-eval takes some seconds to import."""
+    lm_eval = pytest.importorskip("lm_eval")
+    folder = SHARED / "zeroshot" / "arc_easy"
+    if not folder.is_dir():
+        pytest.skip("needs the task data beside the project")
+    official = Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_easy.yaml"
+    task = {"include": str(official), "task": "arc_easy", "dataset_path": str(folder)}
+    (tmp_path / "arc_easy.yaml").write_text(yaml.safe_dump(task))
+    from prunus.tasks import asked_for, evaluate_tasks
+
+    loaded = loading.load(str(MODEL))
+    asked = asked_for(["arc_easy"], shots=0)
+    found = evaluate_tasks(loaded.model, loaded.tokenizer, asked, path=tmp_path, limit=12)
+    [row] = found["tasks"]
+    assert (row["task"], row["metric"], row["shots"], row["n"]) == ("arc_easy", "acc_norm", 0, 12)
+    p = row["value"]
+    assert row["se"] == pytest.approx(math.sqrt(p * (1 - p) / 11), rel=1e-6)
+    assert found["mean"] == p
+    with pytest.raises(UserError, match=r"there is no task arc_esy .*known are arc_easy"):
+        evaluate_tasks(loaded.model, loaded.tokenizer, asked_for(["arc_esy"]), path=tmp_path)
+    with pytest.raises(UserError, match="holds no task files"):
+        evaluate_tasks(loaded.model, loaded.tokenizer, asked, path=tmp_path / "none")
+
+
+def test_suites_are_the_papers() -> None:
+    from prunus.tasks import asked_for
+
+    paper = {a.task: (a.shots, a.metric) for a in asked_for(["paper"])}
+    assert len(paper) == 11
+    assert paper["arc_challenge"] == (25, "acc_norm")
+    assert paper["gsm8k"] == (5, "exact_match,strict-match")
+    assert len(asked_for(["shen7"], shots=0)) == 7
