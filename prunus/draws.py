@@ -52,11 +52,12 @@ class Pool:
 
 
 def magnitude(model: nn.Module, family: Family) -> Score:
-    """Minus the sum of all absolute weights of a sub-network: the largest is best (the paper's code; L1)."""
+    """Minus the sum of a sub-network's absolute weights, tied ones once: the largest is best (as in their code)."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
 
     def score(sub: SubNetwork) -> float:
         with torch.no_grad():
-            return -sum(float(t.float().abs().sum()) for t in state_of(model, family, sub).values())
+            return -sum(float(t.float().abs().sum()) for k, t in state_of(model, family, sub).items() if k not in tied)
 
     return score
 

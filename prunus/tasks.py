@@ -93,8 +93,8 @@ def evaluate_tasks(
 
     path: a folder of lm-eval task files; only those are read then, which needs no network where they name local data.
     limit: examples of each task at most (of each of MMLU's subjects). advance is told the tasks that are done.
-    Returns {"tasks": [{task, value, se, metric, shots, n}], "mean", "mean_se", "limit"}; the standard error of the mean is
-    that of independent tasks. Raises UserError for a missing package, folder, task or data, before the first forward
+    Returns {"tasks": [{task, value, se, metric, shots, n}], "mean", "mean_se", "limit"}; the standard error of the mean
+    is that of independent tasks. Raises UserError for a missing package, folder, task or data, before the first forward
     where it can be known.
     """
     try:

@@ -140,8 +140,8 @@ def test_a_finished_training_is_not_done_again(
     out = tmp_path / "again"
     shutil.copytree(trained[0], out)
     monkeypatch.setattr(supernet, "_train", lambda *a: pytest.fail("trained again"))
-    again = compress(replace(run_config(), keep=(0.7, 0.6)), out)
-    assert again["chosen"][1]["kl_nats"] == trained[1]["chosen"][0]["kl_nats"]
+    again = compress(replace(run_config(), keep=(0.6, 0.5)), out)
+    assert again["chosen"][0]["kl_nats"] == trained[1]["chosen"][0]["kl_nats"]
 
 
 @pytest.mark.parametrize("space", ["llama_joint", "layers"])
@@ -182,7 +182,7 @@ def test_task_accuracies_have_standard_errors(tmp_path: Path) -> None:
     p = row["value"]
     assert row["se"] == pytest.approx(math.sqrt(p * (1 - p) / 11), rel=1e-6)
     assert found["mean"] == p
-    with pytest.raises(UserError, match=r"there is no task arc_esy .*known are arc_easy"):
+    with pytest.raises(UserError, match=r"there is no task arc_esy in .*known are ai2_arc, arc_easy"):
         evaluate_tasks(loaded.model, loaded.tokenizer, asked_for(["arc_esy"]), path=tmp_path)
     with pytest.raises(UserError, match="holds no task files"):
         evaluate_tasks(loaded.model, loaded.tokenizer, asked, path=tmp_path / "none")
