@@ -36,7 +36,10 @@ class Head:
         """Logits (n, vocab) of hidden states (n, d) with other weights of the same names."""
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(next(iter(weights.values())).dtype)
-        found: Tensor = functional_call(self.module, dict(weights), (hidden,))
+        if type(self.module) is nn.Linear:  # without the module's hooks, which need not stand a gradient in the forward
+            found = nn.functional.linear(hidden, weights["weight"], weights.get("bias"))
+        else:
+            found = functional_call(self.module, dict(weights), (hidden,))
         return torch.tanh(found / self.cap) * self.cap if self.cap else found
 
     def whole(self) -> Head:

@@ -46,7 +46,7 @@ def recover(
     else:
         student.model.float()
     folder = target.with_name(f"{target.name}.training")
-    taught = Teacher(dense.model, folder, len(windows), windows.ids.shape[1]) if dense is not None else None
+    taught = Teacher(dense.model, folder, windows.ids, dense.source.sha256) if dense is not None else None
     job = Job(
         student.model, family, windows, c, folder, seed=config.seed, teacher=taught, holdout=holdout,
         belongs_to={"checkpoint": student.source.sha256, "teacher": dense.source.sha256 if dense else None},

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus import adapters, checkpoint, costs, draws, importance, machine
+from prunus.artefact import remove
 from prunus.errors import UserError
 from prunus.evaluation import perplexity
 from prunus.families import dims, full
@@ -63,6 +64,7 @@ def train(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> dict[str, Tenso
         )  # fmt: skip
 
     s.run.do("train", "supernet", lambda: _train(s, ids, orders, space), save=save, load=load)
+    _clear_states(s)
     s.tier = "-trained"
     measure_moments(s, ids, "train")
     d, n = dims(s.model.config), len(s.stream)
@@ -71,6 +73,12 @@ def train(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> dict[str, Tenso
         "q_per_kv": torch.arange(d["q_per_kv"]).repeat(n, d["kv_heads"], 1),
         "mlp": torch.arange(d["mlp"]).repeat(n, 1),
     }
+
+
+def _clear_states(s: Session) -> None:
+    """States of a finished training are of no more use, and large; its log stays."""
+    for path in (*s.run.path("training").glob("checkpoint-*"), *s.run.path("training").glob("teacher-*")):
+        remove(path)
 
 
 def space_of_run(s: Session, layer_order: list[int] | None = None) -> Space:
@@ -112,7 +120,7 @@ def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) 
     teacher = None
     if c.teacher == "dense":
         dense = copy.deepcopy(s.model)
-        teacher = Teacher(dense, folder, len(windows), windows.ids.shape[1])
+        teacher = Teacher(dense, folder, windows.ids, f"{s.run.source.get('sha256')}")
     if c.rank:
         adapters.attach(s.model, s.family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt)
     else:

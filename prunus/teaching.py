@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.calibration import token_hash
 from prunus.heads import Head, head_of
 
 LIMIT = 8 * 10**9  # bytes of a cache at most; more windows are computed anew each time
@@ -19,20 +20,22 @@ LIMIT = 8 * 10**9  # bytes of a cache at most; more windows are computed anew ea
 class Teacher:
     """A model in evaluation mode and, in a file, what it said of windows that were seen before.
 
-    folder: where the cache lies (None: no cache); n_windows, length: of the windows, which never change in a training.
+    folder: where the cache lies (None: no cache). ids: all windows (n, length), in the order of their numbers; with
+    `name`, what identifies the model, they name the file, so that a cache of others is never read.
     """
 
-    def __init__(self, model: Any, folder: Path | None = None, n_windows: int = 0, length: int = 0) -> None:
+    def __init__(self, model: Any, folder: Path | None = None, ids: Tensor | None = None, name: str = "") -> None:
         self.model = model.eval().requires_grad_(False)
         self.head: Head = head_of(self.model).whole()
         width, dtype = int(self.model.config.hidden_size), next(self.model.parameters()).dtype
         self.device = next(self.model.parameters()).device
         self.states: Tensor | None = None
-        size = n_windows * length * width
-        if folder is not None and 0 < size * dtype.itemsize <= LIMIT:
+        size = width * (ids.numel() if ids is not None else 0)
+        if folder is not None and ids is not None and size * dtype.itemsize <= LIMIT:
             folder.mkdir(parents=True, exist_ok=True)
-            self.states = _mapped(folder / "teacher.states", size, dtype).view(n_windows, length, width)
-            self.known = _mapped(folder / "teacher.known", n_windows, torch.uint8)
+            own = f"teacher-{token_hash(ids)[:12]}-{name[:12]}-{dtype.itemsize}"
+            self.states = _mapped(folder / f"{own}.states", size, dtype).view(*ids.shape, width)
+            self.known = _mapped(folder / f"{own}.known", len(ids), torch.uint8)
 
     def hidden(self, index: Tensor, ids: Tensor) -> Tensor:
         """Last hidden states (batch, length, d) of the windows with these numbers, whose tokens are ids."""
@@ -56,7 +59,7 @@ class Teacher:
 def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
     """A tensor that lives in a file, zeros at first."""
     if not path.exists() or path.stat().st_size != size * dtype.itemsize:
-        with path.open("wb") as file:
+        with path.open("ab") as file:  # several processes may open it at once: nothing that is there is lost
             file.truncate(size * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
 

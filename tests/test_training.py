@@ -247,7 +247,7 @@ def test_a_network_learns_from_a_teacher_that_is_asked_once_for_each_window(tmp_
     family = family_of(dense.config)
     small: Any = extract(dense, family, ragged(dense.config, hidden=False))
     data = windows(8)
-    teacher = Teacher(dense, tmp_path / "cache", len(data), 16)
+    teacher = Teacher(dense, tmp_path / "cache", data.ids, "dense")
     calls: list[int] = []
     compute = teacher.compute
     teacher.compute = lambda ids: (calls.append(len(ids)), compute(ids))[1]  # type: ignore[method-assign]
@@ -313,7 +313,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(rank: int, tmp_path: 
             env=env,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr[-3000:]
     (two, w2), (one, w1) = (torch.load(tmp_path / name / "found.pt") for name in ("two", "one"))
