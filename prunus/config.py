@@ -166,6 +166,13 @@ class SearchConfig(_Section):
     )
     mlp_step: int = setting(32, "neurons between two levels of an MLP", step="reform", low=1)
     depth: bool = setting(True, "whole attention and MLP sub-blocks may go", step="reform")
+    attention: Literal["grid", "groups", "whole", "none"] = setting(
+        "grid",
+        "what may go of an attention: KV groups and query heads (grid), whole KV groups, the attention of a layer as a "
+        "whole (what vLLM's class for ragged layers holds), or none",
+        step="reform",
+        flag="attention",
+    )
     hidden: bool = setting(False, "the hidden size may shrink", step="search")
     workers: int = setting(1, "processes that share the search", step=ANYWHERE, flag="workers", low=1)
 

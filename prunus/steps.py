@@ -24,7 +24,7 @@ from prunus.objective import Divergence, no_weights
 from prunus.progress import Progress
 from prunus.run import Run
 from prunus.slicing import sort
-from prunus.space import SearchSpace, space_of
+from prunus.space import AttentionUnit, SearchSpace, space_of
 from prunus.stream import LayerStream
 from prunus.subnetwork import SubNetwork
 from prunus.targets import TIMES, UNITS, Target
@@ -244,7 +244,10 @@ def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str,
         s.stream, _windows(ids), no_weights if published else database, kind="ppl" if published else c.objective,
         windows=RUNGS, holdout=_windows(holdout), seed=s.config.seed,
     )  # fmt: skip
-    space = space_of(s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth)
+    space = space_of(  # a uniform one comes later: its order of layers is read off these curves
+        s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth,
+        attention="grid" if s.config.uniform else c.attention,
+    )  # fmt: skip
 
     def anchors() -> list[dict[str, Any]]:
         kl = Divergence(s.stream, objective.pool, database, windows=RUNGS, seed=s.config.seed + 1)
@@ -268,7 +271,7 @@ def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str,
 def _space(s: Session, layer_order: Sequence[int]) -> SearchSpace:
     """The space that is searched: per layer; or uniform, with the layers in the given order of importance."""
     c, uniform = s.config.search, s.config.uniform
-    heads: Literal["grid", "none"] = "none" if uniform and not s.family.stock_heads else "grid"
+    heads: AttentionUnit = "none" if uniform and not s.family.stock_heads else c.attention
     return space_of(
         s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth, attention=heads,
         uniform=uniform, layer_order=layer_order if uniform else None,

@@ -287,8 +287,8 @@ def test_bad_arguments(tmp_path: Path) -> None:
     where = checkpoint(tiny("llama"), tmp_path)
     with pytest.raises(UserError, match=r"unknown quantisation 'q2_k'.*q8_0"):
         export(where, quant="q2_k")
-    with pytest.raises(UserError, match="unknown format 'onnx'"):
-        export(where, format="onnx")
+    with pytest.raises(UserError, match="unknown format 'mlx'"):
+        export(where, format="mlx")
     with pytest.raises(UserError, match="is a directory"):
         export(where, out=tmp_path)
     taken = tmp_path / "taken.gguf"
@@ -427,7 +427,7 @@ def test_the_command_writes_the_file_and_says_what_it_is(tmp_path: Path) -> None
     assert CliRunner().invoke(cli.app, [*command, "--overwrite"], prog_name="prunus").exit_code == 0
 
 
-@pytest.mark.parametrize("arguments", [["--format", "onnx"], ["--format", "gguf", "--quant", "q2_k"], []])
+@pytest.mark.parametrize("arguments", [["--format", "mlx"], ["--format", "gguf", "--quant", "q2_k"], []])
 def test_what_the_command_does_not_know(arguments: list[str], tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["export", str(tmp_path), *arguments], prog_name="prunus")
     assert done.exit_code == 2
