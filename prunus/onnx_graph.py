@@ -87,7 +87,7 @@ def _sample(model: Any, cached: bool, free: Any) -> tuple[dict[str, Any], dict[s
         "use_cache": True,
     }
     n = 2 * len(before.layers)  # keys and values
-    shapes = {name: open_axes for name in ("input_ids", "attention_mask", "position_ids")}
+    shapes = dict.fromkeys(("input_ids", "attention_mask", "position_ids"), open_axes)
     return inputs, {**shapes, "past_key_values": [{0: free, 2: free}] * n}
 
 

@@ -118,6 +118,38 @@ def test_every_type_of_matrix(quant: str, tmp_path: Path) -> None:
     assert found["divergence_nats"] < {"f32": 1e-6, "f16": 1e-4, "q8_0": 1e-2, "q4_0": 0.5}[quant]
 
 
+@RUNTIME
+@pytest.mark.parametrize(("quant", "kind"), [("q4_k_m", "Q4_K"), ("q5_k_m", "Q5_K"), ("q6_k", "Q6_K")])
+def test_k_quants_by_llama_cpp(quant: str, kind: str, tmp_path: Path) -> None:
+    model = tiny("qwen2", hidden_size=256, intermediate_size=512, num_attention_heads=8)
+    layers = tuple(LayerShape(4, 2, width) for width in (512, 288, 256, 512))
+    found = exported(cut(model, SubNetwork(256, layers)), tmp_path, quant)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(found["file"]).tensors}
+    assert kinds["blk.0.ffn_up.weight"] == kinds["blk.2.attn_q.weight"] == kind
+    assert kinds["blk.1.ffn_down.weight"] not in ("F32", kind) and kinds["output_norm.weight"] == "F32"
+    assert any("1 matrices are" in note and "blk.1.ffn_down" in note for note in found["notes"])
+    assert 1e-5 < found["divergence_nats"] < 0.5  # rounding is there, and arithmetic_nats says that it is all there is
+    assert [p.name for p in tmp_path.iterdir()] == ["model", f"model-{quant}.gguf"]
+
+
+def test_k_quants_need_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llamacpp, "installed", lambda: None)
+    with pytest.raises(UserError, match=r"prunus\[llama-cpp\]"):
+        export(str(tmp_path), quant="q4_k_m")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_weights_taken_back_from_a_file_are_those_that_were_rounded(name: str) -> None:
+    a, b = tiny(name), tiny(name)
+    _, _, planned = module.planning(a, "f16")
+    for tensor in planned:
+        if tensor.modules and len(tensor.shape) == 2:
+            gguf_tensors.take_back(tensor, rounded(tensor.make(), "f16"))
+    gguf_tensors.round_weights(module.planning(b, "f16")[2])
+    for (path, one), (_, other) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=0 if name != "gemma2" else 1e-3, rtol=0, msg=path)
+
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2, another attention scale": ("gemma2", {"query_pre_attn_scalar": 24}),
     "gemma3, another attention scale": ("gemma3", {"query_pre_attn_scalar": 24}),

@@ -22,6 +22,7 @@ from prunus.families import dims
 from prunus.space import space_of
 from prunus.subnetwork import LayerShape, SubNetwork
 
+ROPE = {"rope_theta": 10000.0}
 WHOLE, FULL = LayerShape(4, 2, 80), (4, 2)
 LAYERS = (LayerShape(*FULL, 40), LayerShape(0, 0, 33), LayerShape(*FULL, 0), LayerShape(*FULL, 64))
 
@@ -125,7 +126,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], tuple[LayerShape, ...] | None, str
     "a window": ("mistral", {"sliding_window": 32}, LAYERS, "sliding window of 32"),
     "another activation": ("llama", {"hidden_act": "relu"}, LAYERS, "computes silu, not relu"),
     "another rope": (
-        "llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, LAYERS, "type dynamic",
+        "llama", {"rope_parameters": {**ROPE, "rope_type": "dynamic", "factor": 2.0}}, LAYERS, "type dynamic",
     ),
 }  # fmt: skip
 
