@@ -284,7 +284,15 @@ def check(model: str, **parameters: Any) -> None:
     terminal.result(inspect_model(config), parameters["json"])
 
 
-@flags("budget.runtime", "budget.prompt", "budget.batch", "budget.generate", "revision", "trust_remote_code")
+@flags(
+    "budget.runtime",
+    "budget.quant",
+    "budget.prompt",
+    "budget.batch",
+    "budget.generate",
+    "revision",
+    "trust_remote_code",
+)
 @app.command(cls=Verb)
 @click.argument("model")
 @click.option("--step", type=click.IntRange(1), help="neurons between two MLP widths that are measured")

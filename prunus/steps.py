@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prunus import calibration, checkpoint, costs, importance, latency, levels, moments, sensitivity
+from prunus import calibration, checkpoint, costs, importance, levels, moments, runtimes, sensitivity
 from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.families import Family, dims, full
@@ -91,8 +91,7 @@ class Session:
     @property
     def request(self) -> Request:
         """What is timed."""
-        budget = self.config.budget
-        return Request(budget.prompt, budget.batch, budget.generate)
+        return runtimes.request_of(self.config.budget)
 
     @property
     def context(self) -> int:
@@ -301,6 +300,7 @@ def check_request(s: Session) -> None:
     )
     space = _space(s, list(range(len(s.stream))))
     if s.config.constraint in TIMES:
+        runtimes.check(s.model, s.family, s.config.budget, space)
         s.timetable = _timetable(s)
     for target in s.config.targets:
         if target.kind == "keep":
@@ -319,7 +319,7 @@ def _timetable(s: Session) -> Timetable:
         return Timetable.from_json(path.read_text(encoding="utf-8"))
 
     def compute() -> Timetable:
-        return latency.measure(s.model, s.family, s.request, progress=s.progress)
+        return runtimes.measure(s.model, s.family, s.config.budget, progress=s.progress)
 
     return s.run.do("search", "latency.json", compute, save=save, load=load)
 
