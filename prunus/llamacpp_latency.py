@@ -34,6 +34,7 @@ from prunus.gguf_file import describe, write
 from prunus.gguf_tensors import STUB, n_bytes, plan
 from prunus.latency import ROUNDS, unrest, warn_if_busy
 from prunus.latency import key_of as torch_key_of
+from prunus.machine import words
 from prunus.progress import Progress, silent
 from prunus.sampling import check_length
 from prunus.slicing import extract, layers_of
@@ -102,10 +103,9 @@ def key_of(model: Any, family: Family, request: Request, grid: Grid, quant: str)
     """Everything that the times depend on: as in PyTorch, but for what is llama.cpp's."""
     own = torch_key_of(model, family, request, grid)
     versions = {"python": own["versions"].get("python", ""), llamacpp.PACKAGE: check_installed()}
-    device = own["device"] if str(own["device"]).startswith("cpu") else "cpu"
     return own | {
         "runtime": "llama.cpp",
-        "device": device,
+        "device": f"cpu, {words()}",
         "threads": torch.get_num_threads(),
         "dtype": quant,
         "attention": "llama.cpp",
