@@ -26,7 +26,8 @@ FORMATS = ("gguf", "onnx", "vllm")
 # Divergence that arithmetic alone may cause between llama.cpp and PyTorch with the same (rounded) weights, in nats per
 # token: llama.cpp takes the activations as f16 or 8-bit blocks where the weights are. Measured on SmolLM2-135M, dense
 # and compressed: up to 2e-6 in f16 and .015 in blocks; a wrong RoPE or norm on tiny random models: .5 and more.
-TOLERANCE = {"f32": 5e-3, "f16": 1e-2, "q8_0": 0.05, "q4_0": 0.05, "q4_k_m": 0.05, "q5_k_m": 0.05, "q6_k": 0.05}
+# Beside K-quants it rounds activations in blocks of 256 and not 32: twice the divergence on tiny random models.
+TOLERANCE = {"f32": 5e-3, "f16": 1e-2, "q8_0": 0.05, "q4_0": 0.05, "q4_k_m": 0.1, "q5_k_m": 0.1, "q6_k": 0.1}
 
 
 def export(

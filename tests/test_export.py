@@ -55,7 +55,7 @@ def exported(model: Any, directory: Path, quant: str = "f32", **options: Any) ->
     assert Path(found["file"]).stat().st_size == found["file_bytes"]
     assert [p.name for p in directory.iterdir() if p.name.startswith(".")] == []
     if llamacpp.installed():
-        assert found["arithmetic_nats"] < {"f32": 1e-6, "f16": 1e-5}.get(quant, 1e-2)
+        assert found["arithmetic_nats"] < {"f32": 1e-6, "f16": 1e-5, "q8_0": 1e-2, "q4_0": 1e-2}.get(quant, 0.1)
     return found
 
 
@@ -128,7 +128,7 @@ def test_k_quants_by_llama_cpp(quant: str, kind: str, tmp_path: Path) -> None:
     assert kinds["blk.0.ffn_up.weight"] == kinds["blk.2.attn_q.weight"] == kind
     assert kinds["blk.1.ffn_down.weight"] not in ("F32", kind) and kinds["output_norm.weight"] == "F32"
     assert any("1 matrices are" in note and "blk.1.ffn_down" in note for note in found["notes"])
-    assert 1e-5 < found["divergence_nats"] < 0.5  # rounding is there, and arithmetic_nats says that it is all there is
+    assert found["arithmetic_nats"] < 0.2 * found["divergence_nats"]  # so it is rounding that keeps them apart
     assert [p.name for p in tmp_path.iterdir()] == ["model", f"model-{quant}.gguf"]
 
 
