@@ -277,21 +277,21 @@ def assemble(
     """
     phases: tuple[Phase, ...] = ("prefill", "decode")
     times: dict[str, Times] = {}
-    unrest = []
+    restless: list[float] = []
     for phase in phases:
         all_laps = [one.of(phase) for one in laps[:-1]]
         spans: dict[LayerShape, list[float]] = {}
         for probe, own in zip(probes, all_laps, strict=True):
             for i, shape in enumerate(probe):
                 spans.setdefault(shape, []).extend(lap.layers[i] for lap in own)
-            unrest.append(unrest([lap.total for lap in own]))
+            restless.append(unrest([lap.total for lap in own]))
         scale = statistics.median(map(_interrupted, all_laps))
         found = {shape: scale * statistics.median(values) for shape, values in spans.items()}
         heads = [[found[LayerShape(kv, q, 0)] for q in grid.q_per_kv] for kv in grid.kv_heads]
         outside = statistics.median(lap.outside for own in all_laps for lap in own)
         widths = rising([found[LayerShape(0, 0, w)] for w in grid.mlp])
         times[phase] = Times(outside, found[EMPTY], rising_table(heads), tuple(widths))
-    spread = statistics.median(unrest)
+    spread = statistics.median(restless)
     table = Timetable(key, request, whole.hidden, grid, times["prefill"], times["decode"], spread, 0.0)
     return replace(table, check=max(abs(table.ms(whole, phase) / _total(laps[-1].of(phase)) - 1) for phase in phases))
 

@@ -267,7 +267,7 @@ def _hats(knots: Sequence[int], width: int) -> Array:
 def solve(rows: Array, ms: Array) -> Array:
     """Non-negative unknowns with the least squares of relative errors: what comes out negative is left out in turn."""
     scaled, ones = rows / ms[:, None], np.ones(len(ms))
-    used = list(np.flatnonzero(np.abs(rows).sum(0)))
+    used = [int(k) for k in np.flatnonzero(np.abs(rows).sum(0))]
     while True:
         found = np.zeros(rows.shape[1])
         found[used] = np.linalg.lstsq(scaled[:, used], ones, rcond=None)[0]

@@ -58,12 +58,14 @@ def trace(model: Any, *, cached: bool) -> Any:
 
     cached: with the KV cache; otherwise the graph reads whole texts.
     """
-    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+    from transformers.exporters import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     free: Any = torch.export.Dim.AUTO
     inputs, shapes = _sample(model, cached, free)
     with _quiet():
-        exported = OnnxExporter().export(model, inputs, OnnxConfig(dynamic_shapes=shapes))
+        exporter: Any = OnnxExporter
+        exported = exporter().export(model, inputs, OnnxConfig(dynamic_shapes=shapes))
     program = exported.program
     _name(program.graph, cached)
     return program
