@@ -58,7 +58,7 @@ def trace(model: Any, *, cached: bool) -> Any:
 
     cached: with the KV cache; otherwise the graph reads whole texts.
     """
-    from transformers.exporters import OnnxConfig
+    from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     free: Any = torch.export.Dim.AUTO

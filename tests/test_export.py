@@ -144,7 +144,7 @@ def test_weights_taken_back_from_a_file_are_those_that_were_rounded(name: str) -
     _, _, planned = module.planning(a, "f16")
     for tensor in planned:
         if tensor.modules and len(tensor.shape) == 2:
-            gguf_tensors.take_back(tensor, rounded(tensor.make(), "f16"))
+            gguf_tensors.take_back(tensor, rounded(tensor.make(), tensor.kind))
     gguf_tensors.round_weights(module.planning(b, "f16")[2])
     for (path, one), (_, other) in zip(a.named_parameters(), b.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=0 if name != "gemma2" else 1e-3, rtol=0, msg=path)
