@@ -284,7 +284,15 @@ def check(model: str, **parameters: Any) -> None:
     terminal.result(inspect_model(config), parameters["json"])
 
 
-@flags("budget.runtime", "budget.prompt", "budget.batch", "budget.generate", "revision", "trust_remote_code")
+@flags(
+    "budget.runtime",
+    "budget.quant",
+    "budget.prompt",
+    "budget.batch",
+    "budget.generate",
+    "revision",
+    "trust_remote_code",
+)
 @app.command(cls=Verb)
 @click.argument("model")
 @click.option("--step", type=click.IntRange(1), help="neurons between two MLP widths that are measured")
@@ -308,17 +316,20 @@ def latency(model: str, step: int | None, again: bool, picture: str | None, **pa
 @flags("revision", "trust_remote_code")
 @app.command(cls=Verb)
 @click.argument("checkpoint")
-@click.option("--format", "form", type=click.Choice(["gguf"]), required=True, help="gguf: for llama.cpp, unmodified")
 @click.option(
-    "--quant", type=click.Choice(["f32", "f16", "q8_0", "q4_0"]), default="f16", show_default=True,
-    help="type of the matrices in the file",
+    "--format", "form", type=click.Choice(["gguf", "onnx", "vllm"]), required=True,
+    help="gguf: a file for llama.cpp, unmodified; onnx: a graph for onnxruntime; vllm: what vLLM's own classes load",
 )  # fmt: skip
-@click.option("--out", metavar="FILE", help="the file; by default beside the checkpoint, NAME-QUANT.gguf")
-@click.option("--overwrite", is_flag=True, help="replace the file if it exists")
+@click.option(
+    "--quant", type=click.Choice(["f32", "f16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]),
+    help="type of the matrices in a GGUF file  [default: f16]",
+)  # fmt: skip
+@click.option("--out", metavar="PATH", help="by default beside the checkpoint: NAME-QUANT.gguf, NAME-onnx, NAME-vllm")
+@click.option("--overwrite", is_flag=True, help="replace what an export wrote there before")
 @click.option("--tokenizer", metavar="FILE.gguf", help="take the tokenizer from this file, as it stands there")
 @click.option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name for how words are split, if it is not known")
 def export(checkpoint: str, form: str, out: str | None, **parameters: Any) -> None:
-    """CHECKPOINT as a file for another program, loaded there and compared with PyTorch before it is handed over.
+    """CHECKPOINT for another program, tried and compared with PyTorch before it is handed over.
 
     CHECKPOINT is a directory that Prunus wrote, or any model that `compress` takes.
     """

@@ -166,6 +166,13 @@ class SearchConfig(_Section):
     )
     mlp_step: int = setting(32, "neurons between two levels of an MLP", step="reform", low=1)
     depth: bool = setting(True, "whole attention and MLP sub-blocks may go", step="reform")
+    attention: Literal["grid", "groups", "whole", "none"] = setting(
+        "grid",
+        "what may go of an attention: KV groups and query heads (grid), whole KV groups, the attention of a layer as a "
+        "whole (what vLLM's class for ragged layers holds), or none",
+        step="reform",
+        flag="attention",
+    )
     hidden: bool = setting(False, "the hidden size may shrink", step="search")
     workers: int = setting(1, "processes that share the search", step=ANYWHERE, flag="workers", low=1)
 
@@ -191,8 +198,11 @@ class BudgetConfig(_Section):
         (), "megabytes (10^6 bytes) of weights and KV cache at --context",
         step="search", flag="memory-mb", above=0,
     )  # fmt: skip
-    runtime: Literal["torch"] = setting(
-        "torch", "the program that times are measured in: torch only, so far", step="search", flag="runtime"
+    runtime: Literal["torch", "llama.cpp"] = setting(
+        "torch", "the program that times are measured in", step="search", flag="runtime"
+    )
+    quant: Literal["f32", "f16", "q8_0", "q4_0"] = setting(
+        "f16", "type of the matrices that llama.cpp is timed with", step="search", flag="quant"
     )
     prompt: int = setting(512, "tokens in the prompt of a request", step="search", flag="prompt", low=1)
     batch: int = setting(2, "sequences in a request", step="search", flag="batch", low=1)
@@ -205,11 +215,6 @@ class BudgetConfig(_Section):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if str(self.runtime) == "llama.cpp":
-            raise UserError(
-                "times are measured in torch only: tables of llama.cpp are not there yet. Leave --runtime out; what "
-                "`prunus export` writes can be timed with llama-bench"
-            )
         super().__post_init__()
         for kind in LIMITS:
             values = getattr(self, kind)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus import costs, latency, machine
+from prunus import costs, machine, runtimes
 from prunus.choosing import open_record
 from prunus.evaluation import compare_speed, perplexity, text_ids
 from prunus.families import dims
@@ -79,7 +79,7 @@ def figures(s: Session, p: Prepared, name: str, sub: SubNetwork, weights: Overri
     speed = compare_speed(s.model, small)
     found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
     if s.timetable is not None:
-        timed = latency.compare(s.model, small, s.request)
+        timed = runtimes.compare(s.model, small, s.config.budget)
         found |= {"measured_ms": timed["request_ms"], "measured_speedup": timed["speedup"]}
         found["measured_tps"] = 1000 * s.request.batch / timed["token_ms"]
     return found
