@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from prunus import choosing, describe, finishing, loading, steps
+from prunus import choosing, describe, finishing, loading, rivals, steps
 from prunus.changes import TARGETS
 from prunus.config import CompressConfig, flatten
 from prunus.families import family_of
@@ -41,6 +41,8 @@ def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Pr
 
 
 def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> dict[str, Any]:
+    if config.method != rivals.OURS:
+        return rivals.compress(config, out, progress)
     windows = config.calibration.samples + config.calibration.holdout, config.calibration.length
     loaded = loading.load_configured(config, windows=windows)
     with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:
