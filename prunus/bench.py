@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus import benchpages, calibration, loading, pipeline, rivals
+from prunus.artefact import load_json
 from prunus.baselines.subject import Outcome, Spent, Subject
 from prunus.baselines.table import OURS, TABLE, find, names
 from prunus.checkpoint import verify
@@ -104,7 +105,7 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
     loaded = loading.load_configured(config, windows=(config.calibration.samples, config.calibration.length))
     with Run.open(out, recorded(config, plan), asdict(loaded.source), steps=STEPS) as record:
         bench = _Bench(config, plan, out, progress, loaded, record)
-        rows = list(bench.rows())
+        rows = everything(record, list(bench.rows()))
         data = {
             "command": command(config, plan, out),
             "machine": words(),
@@ -117,6 +118,23 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
         }
         written = benchpages.write(out, data)
         return {**data, "report": str(written)}
+
+
+def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows of a bench, those of earlier commands too: the dense model, then by calibration, method and share."""
+    there = [load_json(record.path(file)) for file in record.manifest["artefacts"] if record.done(file)]
+    refused = [row for row in asked if "refused" in row and row not in there]
+    order = (DENSE, *names())
+    sources = list(dict.fromkeys(row.get("calibration", "") for row in there))
+    return sorted(
+        [*there, *refused],
+        key=lambda row: (
+            row["method"] != DENSE,
+            sources.index(row.get("calibration", "")) if row.get("calibration", "") in sources else len(sources),
+            order.index(row["method"]),
+            -row["kept"],
+        ),
+    )
 
 
 def recorded(config: CompressConfig, plan: Plan) -> dict[str, Any]:
