@@ -55,8 +55,8 @@ def plan(files: tuple[str, str], *methods: str, **changes: Any) -> Plan:
     given: dict[str, Any] = dict(
         methods=methods,
         keeps=(0.8, 0.5),
-        calibrations=(texts[0],),
-        texts=(texts[1],),
+        calibrations=(files[0],),
+        texts=(files[1],),
         lengths=((64, 4), (32, 2)),
         speed=False,
     )
@@ -260,7 +260,8 @@ def test_words_after_a_flag_reach_the_bench(
     monkeypatch.setattr(bench, "run", fake)
     done = prunus_(
         "bench", "demo", "--methods", "flap", "slicegpt", "--keep", ".9", "0.5", "--text", texts[1],
-        "--calibration", texts[0], "--calibration", "generated", "--lengths", "64:4", "32", "--samples", "5", "--out", str(tmp_path / "o"),
+        "--calibration", texts[0], "--calibration", "generated",
+        "--lengths", "64:4", "32", "--samples", "5", "--out", str(tmp_path / "o"),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     asked, what, out = seen[0]
