@@ -71,41 +71,6 @@ def main() -> int:
         ours = llm_pruner.importance(subject, taylor).mlp.float()
         peer = theirs(loaded.model, gradients, taylor == "vector").float()
         pairs = [(set(best(a, width).tolist()), set(best(b, width).tolist())) for a, b in zip(ours, peer, strict=True)]
-        rows.append(judge(group).detach())
-        mlp.requires_grad_(False)
-        mlp.zero_grad(set_to_none=True)
-    return torch.stack(rows)
-
-
-def main() -> int:
-    """Compare both scores, print and write how far they agree."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--samples", type=int, default=10)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--keep", type=float, default=0.8)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    loaded = load(options.model, dtype="float32")
-    ids = calibration_tokens(
-        options.calibration,
-        loaded.tokenizer,
-        samples=options.samples,
-        length=options.length,
-        seed=0,
-        model=loaded.model,
-    )
-    subject = Subject(loaded.model, ids, gradient_windows=options.samples)
-    gradients = subject.once("gradients", lambda: llm_pruner.gradients(subject))
-    _, width = even_widths(subject, options.keep)
-    rows = []
-    for taylor in ("param_first", "vector"):
-        ours = llm_pruner.importance(subject, taylor).mlp.float()
-        peer = theirs(loaded.model, gradients, taylor == "vector").float()
-        same = [
-            len(set(best(a, width).tolist()) & set(best(b, width).tolist())) for a, b in zip(ours, peer, strict=True)
-        ]
         rows.append(
             {
                 "score": taylor,
