@@ -332,7 +332,7 @@ def _manifest_subnetwork(path: Path) -> str:
 def _described(outcome: Outcome, spent: Spent, dense: nn.Module) -> dict[str, Any]:
     sizes = rivals.sizes(outcome, dense)
     kept = {key: sizes[key] for key in ("kept_blocks", "kept_all", "parameters", "n_bytes")}
-    return {**kept, "notes": list(outcome.notes), "subnetwork": outcome.sub.to_json(), **asdict(spent)}
+    return {**kept, "notes": list(outcome.notes), "hidden": sizes["hidden"], "layers": sizes["layers"], **asdict(spent)}
 
 
 def slug(text: str) -> str:

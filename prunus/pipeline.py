@@ -34,6 +34,8 @@ def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Pr
     """One step of an existing run, with what it needs before it; overrides (dotted keys) change it and later ones."""
     raw = {**flatten(read_manifest(out)["config"]), **overrides}
     config = CompressConfig.from_dict(raw)  # refuses what does not fit together before anything is deleted
+    if name not in ("extract", "report"):
+        rivals.refuse_step(config, name)
     asked = {**overrides, "keep": config.keep} if set(TARGETS) & overrides.keys() else overrides
     with Run.reopen(out) as run:
         raw = run.change(name, asked)

@@ -41,6 +41,15 @@ def check(config: CompressConfig) -> Baseline:
     return baseline
 
 
+def refuse_step(config: CompressConfig, verb: str) -> None:
+    """Raise UserError for a verb that only runs of our own method know."""
+    if config.method != OURS:
+        raise UserError(
+            f"this is a run of the method {config.method}, which has no error curves and no search, so `prunus {verb}` "
+            "cannot go on from it; give `prunus compress` with another --keep"
+        )
+
+
 def refuse(baseline: Baseline, model_type: str, keeps: Sequence[float]) -> None:
     """Raise UserError for a model, or a share, that a method cannot serve."""
     for keep in keeps:
@@ -148,4 +157,4 @@ def sizes(outcome: Outcome, dense: nn.Module) -> dict[str, Any]:
     }
 
 
-__all__ = ["OURS", "check", "compress", "figures", "refuse", "sizes", "subject_of"]
+__all__ = ["OURS", "check", "compress", "figures", "refuse", "refuse_step", "sizes", "subject_of"]
