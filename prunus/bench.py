@@ -107,7 +107,7 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
         bench = _Bench(config, plan, out, progress, loaded, record)
         rows = everything(record, list(bench.rows()))
         data = {
-            "command": command(config, plan, out),
+            "command": command(config, plan, out, **_spanned(rows, plan)),
             "machine": words(),
             "versions": environment(),
             "threads": torch.get_num_threads(),
@@ -135,6 +135,13 @@ def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, A
             -row["kept"],
         ),
     )
+
+
+def _spanned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
+    """The methods and shares of all rows, so that one command makes them all."""
+    own = [row for row in rows if row["method"] != DENSE]
+    methods = tuple(dict.fromkeys([*(row["method"] for row in own), *plan.methods]))
+    return {"methods": methods, "keeps": tuple(sorted({*(row["kept"] for row in own), *plan.keeps}, reverse=True))}
 
 
 def recorded(config: CompressConfig, plan: Plan) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def test_a_finished_row_is_not_computed_again(
     assert [(r["method"], r["kept"]) for r in more["rows"]] == [
         ("dense", 1.0), ("magnitude", 0.8), ("magnitude", 0.5), ("shortgpt", 0.8),
     ]  # fmt: skip
+    assert "--methods magnitude shortgpt --keep 0.8 0.5" in more["command"]
 
 
 @needs_model
