@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from prunus.calibration import Join
 
 MANY = ("--keep", *(f"--{kind.replace('_', '-')}" for kind in LIMITS))  # flags that take several values after one
+WORDS = ("--methods", "--lengths", "--tasks")  # the same, with words: all up to the next flag
 COMMON = ("device", "dtype", "seed")
-RESUMABLE = ("compress", "score", "reform", "search", "extract", "report")
+RESUMABLE = ("compress", "bench", "score", "reform", "search", "extract", "report")
 
 
 class Verb(click.Command):
@@ -73,15 +74,15 @@ def _metavar(setting: Setting) -> str:
 
 
 def spread(args: Sequence[str]) -> list[str]:
-    """`--keep 0.9 0.8 X` as `--keep 0.9 --keep 0.8 X`: the numbers that follow such a flag are its values."""
+    """`--keep 0.9 0.8 X` as `--keep 0.9 --keep 0.8 X`: what follows such a flag are its values."""
     out: list[str] = []
     flag = ""  # the flag whose values may follow
     for arg in args:
         name, equals, value = arg.partition("=")
-        if name in MANY:
+        if name in (*MANY, *WORDS):
             flag = name
             out += [flag, value] if equals else [flag]
-        elif flag and _is_numbers(arg):
+        elif flag and (_is_numbers(arg) if flag in MANY else not arg.startswith("-")):
             out += [arg] if out[-1] == flag else [flag, arg]
         else:
             flag = ""
@@ -386,6 +387,66 @@ def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> No
     terminal.result(found, parameters["json"])
     for sentence in found["notes"]:
         terminal.note(sentence)
+
+
+@flags(
+    *(key for key, one in settings().items() if one.flag and one.step == "calibrate" and key != "calibration.source"),
+)
+@app.command(cls=Verb)
+@click.argument("model", required=False)
+@click.option("--list", "show", is_flag=True, help="every method, its paper and what it can serve; needs no MODEL")
+@click.option(
+    "--methods",
+    metavar="NAME ...",
+    multiple=True,
+    help="names of --list; all (the default), or structured: those whose networks are smaller",
+)
+@click.option(
+    "--keep", metavar="X ...", multiple=True, help="shares of the decoder blocks' parameters [default: .8 .5]"
+)
+@click.option("--calibration", metavar="SOURCE", multiple=True, help="as in compress; give it again for more rows")
+@click.option("--text", metavar="FILE", multiple=True, help="test text; give it again for more columns")
+@click.option(
+    "--lengths",
+    metavar="N[:WINDOWS] ...",
+    multiple=True,
+    help="windows that perplexity is taken in: tokens, and how many from the beginning [default: 2048:5 128:24]",
+)
+@click.option("--tasks", metavar="NAME ...", multiple=True, help="also these tasks of lm-eval")
+@click.option("--task-path", metavar="DIR", help="take the tasks from the files in this directory only")
+@click.option("--task-limit", metavar="N", type=int, help="documents of each task")
+@click.option("--speed/--no-speed", default=True, help="also the speed against the dense model, in the same process")
+@click.option("--out", metavar="DIR", help="directory of the bench: new, empty, or the same bench's")
+def bench(model: str | None, show: bool, out: str | None, **parameters: Any) -> None:
+    """Rival methods and ours on the same MODEL, tokens and tests: one row for each method and share.
+
+    The same command again computes only the rows that are not there; methods, shares and calibrations may be added.
+    """
+    from prunus import bench
+
+    terminal = Terminal(parameters["quiet"])
+    if show:
+        terminal.result(bench.listed(), parameters["json"])
+        return
+    config = resolve(parameters["config"], {**given({**parameters, "keep": None}), "model": model})
+    if out is None:
+        raise UserError("where shall the rows go? Give --out DIR")
+    plan = bench.Plan(
+        methods=bench.chosen(parameters["methods"] or ("all",)),
+        keeps=resolve(None, {"model": "any", "keep": " ".join(parameters["keep"] or (".8", ".5"))}).keep,
+        calibrations=parameters["calibration"] or (config.calibration.source,),
+        texts=parameters["text"],
+        lengths=bench.read_lengths(parameters["lengths"] or ("2048:5", "128:24")),
+        tasks=tuple(word for words in parameters["tasks"] for word in words.split(",")),
+        task_path=parameters["task_path"],
+        task_limit=parameters["task_limit"],
+        speed=parameters["speed"],
+    )
+    calm_libraries()
+    found = bench.run(config, plan, out, terminal.progress())
+    terminal.result({"rows": bench.summary(found["rows"]), "report": found["report"]}, None)
+    if parameters["json"]:
+        Terminal(quiet=True).result(found, parameters["json"])
 
 
 def _step(name: str, sentence: str) -> click.Command:

@@ -235,10 +235,30 @@ class BudgetConfig(_Section):
 
 
 @dataclass(frozen=True)
+class RivalConfig(_Section):
+    """What other people's methods may spend; they use the calibration text of ours."""
+
+    prefix: ClassVar[str] = "rival."
+    search_tokens: int = setting(
+        100_000, "forward tokens that a rival's search may spend on each network", step="score", low=1
+    )
+    window: int = setting(
+        1024, "tokens of the window that greedy rivals and searches judge candidates by", step="score", low=8
+    )
+    gradients: int = setting(10, "calibration sequences that LLM-Pruner's gradients come from", step="score", low=1)
+
+
+@dataclass(frozen=True)
 class CompressConfig(_Section):
     """Everything that decides what `compress` makes of a model; where it is written is not part of it."""
 
     model: str = setting(help="a hub id, a local directory, a .gguf file, or `demo`", step="calibrate")
+    method: str = setting(
+        "prunus",
+        "who chooses what stays: prunus, or a rival by the name that `prunus bench --list` gives it",
+        step="score",
+        flag="method",
+    )
     keep: tuple[float, ...] = setting(
         KEEP,
         "shares to keep, one checkpoint for each",
@@ -277,6 +297,7 @@ class CompressConfig(_Section):
     reform: ReformConfig = field(default_factory=ReformConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    rival: RivalConfig = field(default_factory=RivalConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -94,7 +94,7 @@ def test_keep_takes_every_spelling(given: Any, kept: tuple[float, ...]) -> None:
         ({"serch__generations": 3}, r"did you mean 'search.generations'\?"),
         ({"search__mlp-step": 3}, r"did you mean 'search.mlp_step'\?"),
         ({"kep": 0.5}, r"did you mean 'keep'\?"),
-        ({"zzzzzz": 0.5}, r"known are model, keep, "),
+        ({"zzzzzz": 0.5}, r"known are model, method, keep, "),
         ({"budget__speedup": 0.9}, r"budget.speedup lies in \(1, inf\); given 0.9"),
         ({"budget__speedup": [1.5, 1.5]}, r"each target counts once, given budget.speedup 1.5 1.5"),
         ({"budget__latency_ms": 0}, r"budget.latency_ms lies in \(0, inf\)"),
