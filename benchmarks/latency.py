@@ -1,6 +1,7 @@
 """Is the latency table right? Predicted against measured times of whole networks: benchmarks/results/latency.json.
 
     python benchmarks/latency.py --model demo --threads 2
+    python benchmarks/latency.py --model demo --threads 1 --runtime llama.cpp --quant q8_0
 
 Probes, the dense model and all networks take turns in the same rounds, so that other load on the machine falls on all
 of them; every figure is a median. Networks are random points of the search space at each share of the blocks'
@@ -23,9 +24,9 @@ from typing import Any
 
 import torch
 
-from prunus import costs, pictures
+from prunus import costs, llamacpp_latency, pictures
 from prunus.families import dims, family_of, full
-from prunus.latency import Laps, WallClock, assemble, build, clock_of, key_of, plan, time_models
+from prunus.latency import Lap, Laps, WallClock, assemble, build, clock_of, key_of, plan, time_models
 from prunus.loading import load
 from prunus.machine import environment, words
 from prunus.moves import Prices, scatter
@@ -63,7 +64,7 @@ def networks(model: Any, layout: costs.Layout, keep: list[float]) -> dict[str, S
 
 
 def rows_of(
-    table: Timetable, layout: costs.Layout, dense: Laps, timed: dict[str, tuple[SubNetwork, Laps]], width: int
+    table: Timetable, layout: costs.Layout, dense: Laps, timed: dict[str, tuple[SubNetwork, Laps]], width: float
 ) -> list[dict[str, Any]]:
     """A row for every network and phase, and one for each phase as a whole."""
     whole, request = timed["dense"][0], table.request
@@ -167,20 +168,23 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--picture", type=Path, help="draw the table's stairs: FILE.png and FILE.svg")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "latency.json")
-    return parser.parse_args()
+    parser.add_argument("--runtime", choices=["torch", "llama.cpp"], default="torch")
+    parser.add_argument("--quant", choices=list(llamacpp_latency.BITS), default="q8_0", help="of llama.cpp's files")
+    parser.add_argument("--results", type=Path, help="by default benchmarks/results/latency[_llamacpp].json")
+    options = parser.parse_args()
+    name = "latency.json" if options.runtime == "torch" else "latency_llamacpp.json"
+    options.results = options.results or Path(__file__).parent / "results" / name
+    return options
 
 
-def main() -> int:
-    """Measure, compare, write the results file."""
-    options = asked()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    model = load(options.model, dtype=options.dtype, device=options.device).model
-    family, whole = family_of(model.config), full(model.config)
-    layout, grid = costs.layout(model, family), grid_of(dims(model.config))
-    request = Request(options.prompt, options.batch, options.generate)
-    chosen = networks(model, layout, options.keep)
+Timed = dict[str, tuple[SubNetwork, Laps]]
+
+
+def in_torch(
+    model: Any, chosen: dict[str, SubNetwork], request: Request, options: argparse.Namespace
+) -> tuple[Timetable, Laps, list[Laps]]:
+    """The table, the dense model's times, and those of the networks, measured together."""
+    family, grid = family_of(model.config), grid_of(dims(model.config))
     plans = plan(grid, len(layers_of(model, family)))
     probes = [build(model, family, probe, grid) for probe in plans]
     small = [extract(model, family, sub) for sub in chosen.values()]
@@ -193,17 +197,48 @@ def main() -> int:
             clock=ProcessorClock(model.device) if options.clock == "cpu" else clock_of(model.device),
             advance=advance,
         )
-    key = key_of(model, family, request, grid)
-    table = assemble(key, request, whole, grid, plans, laps[: len(probes) + 1])
-    dense, others = laps[len(probes)], laps[len(probes) + 1 :]
-    timed = {"dense": (whole, dense)} | {
+    key, n = key_of(model, family, request, grid), len(probes)
+    return assemble(key, request, full(model.config), grid, plans, laps[: n + 1]), laps[n], laps[n + 1 :]
+
+
+def in_llama_cpp(
+    model: Any, chosen: dict[str, SubNetwork], request: Request, options: argparse.Namespace
+) -> tuple[Timetable, Laps, list[Laps]]:
+    """The same in llama.cpp: the networks that the table is fitted to take turns with those that it is held against."""
+    family, grid = family_of(model.config), grid_of(dims(model.config))
+    planned = llamacpp_latency.plan_of(model, family, grid)
+    n = len(planned.networks)
+    prefill, decode = llamacpp_latency.time_networks(
+        model, family, [*planned.networks, *chosen.values()], request, options.quant,
+        rounds=options.rounds, progress=LineProgress(),
+    )  # fmt: skip
+    key = llamacpp_latency.key_of(model, family, request, grid, options.quant)
+    table = llamacpp_latency.fitted(key, request, grid, planned, prefill[:, :n], decode[:, :n])
+    laps = [Laps([Lap(ms) for ms in a], [Lap(ms) for ms in b]) for a, b in zip(prefill.T, decode.T, strict=True)]
+    return table, laps[0], laps[n:]
+
+
+def main() -> int:
+    """Measure, compare, write the results file."""
+    options = asked()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = load(options.model, dtype=options.dtype, device=options.device).model
+    whole, layout = full(model.config), costs.layout(model, family_of(model.config))
+    request = Request(options.prompt, options.batch, options.generate)
+    chosen = networks(model, layout, options.keep)
+    table, dense, others = (in_torch if options.runtime == "torch" else in_llama_cpp)(model, chosen, request, options)
+    key = table.key
+    timed: Timed = {"dense": (whole, dense)} | {
         name: (sub, own) for (name, sub), own in zip(chosen.items(), others, strict=True)
     }
     width = next(model.parameters()).element_size()
+    if options.runtime == "llama.cpp":
+        width = llamacpp_latency.BITS[options.quant] / 8
     rows = rows_of(table, layout, dense, timed, width)
     arguments = [re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:]]
     note = f"Requests of {request.batch} x {request.prompt} tokens, {request.generate} generated; {options.rounds} "
-    note += f"rounds; {key['dtype']}, {key['threads']} threads, {options.clock} clock. "
+    note += f"rounds; {key['dtype']}, {key['threads']} threads, {options.clock} clock, {key['runtime']}. "
     note += f"Unrest of the machine {table.spread:.1%}."
     results = {
         "command": shlex.join(["python", "benchmarks/latency.py", *arguments]),

@@ -2,15 +2,18 @@
 
     python benchmarks/quantise.py --out runs/quantise --text wiki.test.raw dense=demo keep-0.7=RUN/models/keep-0.7
 
-Every network is exported in every type, and files that are there are not made again. Speed is taken in rounds, one
-prompt and one generation of every file in each (A B C ... C B A ...), so that a busy machine disturbs all alike;
-figures are medians over rounds, and ratios are taken within a round. Perplexity is the protocol of `prunus evaluate`,
-by llama.cpp; `torch` is that of the checkpoint itself in float32.
+Every network is exported in every type. Files and perplexities that are there are not made again (`--out` keeps them),
+so that a run that was stopped goes on; speeds are taken at the end, in one sitting: rounds of one prompt and one
+generation of every file (A B C ... C B A ...), so that a busy machine disturbs all alike. Figures are medians over
+rounds, and ratios are taken within a round. Perplexity is the protocol of `prunus evaluate`, by llama.cpp; `torch` is
+that of the checkpoint itself in float32. `--plan` says what would be done and about how long it takes, by one file
+here.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -18,6 +21,8 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,6 +59,18 @@ def nats(path: str, ids: np.ndarray[Any, Any], threads: int) -> float:
     return statistics.fmean(total)
 
 
+def kept(book: Path, path: Path, chunks: np.ndarray[Any, Any], compute: Callable[[], float]) -> float:
+    """exp of what `compute` says of a file on these tokens, from the book where it was taken before."""
+    stamp = path.stat() if path.is_file() else None
+    what = f"{path} {stamp and (stamp.st_size, stamp.st_mtime_ns)}".encode() + chunks.tobytes()
+    key = f"{path.name} {hashlib.sha256(what).hexdigest()[:16]}"
+    known: dict[str, float] = json.loads(book.read_text()) if book.is_file() else {}
+    if key not in known:
+        known[key] = compute()
+        book.write_text(json.dumps(known, indent=1) + "\n")
+    return math.exp(known[key])
+
+
 def rates(model: Llama, prompt: list[int], generate: int) -> tuple[float, float]:
     """Tokens per second of reading a prompt, and of tokens one at a time after it."""
     model.reset()
@@ -83,11 +100,20 @@ def measured(networks: dict[str, str], options: argparse.Namespace) -> list[dict
     rows: list[dict[str, Any]] = []
     prompt: list[int] = []
     options.out.mkdir(parents=True, exist_ok=True)
+    book = options.out / "perplexity.json"
     for name, checkpoint in networks.items():
         loaded = load(checkpoint, dtype="float32", compress=False)
         ids = text_ids(options.text, loaded.tokenizer)
         chunks = ids[: options.chunks * options.length].view(options.chunks, options.length).numpy()
-        torch_ppl = perplexity(loaded.model, ids, length=options.length, chunks=options.chunks).ppl
+        source = Path(checkpoint) / "model.safetensors"
+        torch_ppl = kept(
+            book,
+            source if source.is_file() else options.out / name,
+            chunks,
+            lambda model=loaded.model, ids=ids: math.log(
+                perplexity(model, ids, length=options.length, chunks=options.chunks).ppl
+            ),
+        )
         prompt = chunks.flatten()[: options.prompt].tolist()
         parameters = sum(p.numel() for p in loaded.model.parameters())
         del loaded
@@ -96,8 +122,10 @@ def measured(networks: dict[str, str], options: argparse.Namespace) -> list[dict
             if not path.exists():
                 export(checkpoint, quant=quant, out=path)
             row = {"network": name, "quant": quant, "path": str(path), "parameters": parameters, "torch": torch_ppl}
-            ppl = math.exp(nats(str(path), chunks, options.threads))
+            ppl = kept(book, path, chunks, partial(nats, str(path), chunks, options.threads))
             rows.append(row | {"mb": path.stat().st_size / 1e6, "ppl": ppl, "to_torch": ppl / torch_ppl - 1})
+            print(f"{name} {quant}: {rows[-1]['mb']:.1f} MB, perplexity {ppl:.3f}", flush=True)
+    print(f"speeds of {len(rows)} files in {options.rounds} rounds", flush=True)
     found = speeds([row["path"] for row in rows], options, prompt)
     for row, own in zip(rows, found, strict=True):
         row |= {"pp": statistics.median(a for a, _ in own), "tg": statistics.median(b for _, b in own)}
@@ -105,6 +133,37 @@ def measured(networks: dict[str, str], options: argparse.Namespace) -> list[dict
             row[key] = statistics.median(a[k] / b[k] for a, b in zip(own, found[0], strict=True))
         del row["path"]
     return rows
+
+
+def planned(networks: dict[str, str], options: argparse.Namespace) -> str:
+    """What a run would do, and its time by one file: the first that is there, or that is made for this."""
+    files = [options.out / f"{name}-{quant}.gguf" for name in networks for quant in options.quants]
+    there = [path for path in files if path.exists()]
+    lines = [f"{len(files)} files of {len(networks)} networks, {len(there)} of them there already"]
+    start = time.perf_counter()
+    if there:
+        path, made = there[0], 0.0
+    else:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = files[0]
+        export(next(iter(networks.values())), quant=options.quants[0], out=path)
+        made = time.perf_counter() - start
+        lines.append(f"an export, with its comparison: {made:.0f} s")
+    model = opened(str(path), options.prompt + options.generate, options.threads)
+    prompt = [100 + k for k in range(options.prompt)]
+    read, written = rates(model, prompt, options.generate)
+    one = options.prompt / read + options.generate / written
+    text = options.chunks * options.length / read * 1.5  # logits of every token are more work
+    speeds_s, texts_s = len(files) * (options.rounds + 1) * one, len(files) * text
+    exports_s = (len(files) - len(there) - bool(made)) * (made or 40.0)
+    total = exports_s + texts_s + speeds_s + len(networks) * text * 2
+    lines.append(f"{path.name}: {read:.0f} tokens/s read, {written:.1f} written")
+    lines.append(
+        f"about {total / 60:.0f} min: exports {exports_s / 60:.0f}, perplexities {texts_s / 60:.0f} (and of the "
+        f"checkpoints in PyTorch), speeds {speeds_s / 60:.0f}"
+    )
+    arguments = [a for a in sys.argv[1:] if a != "--plan"]
+    return "\n".join([*lines, shlex.join(["python", "benchmarks/quantise.py", *arguments])])
 
 
 def picture(rows: list[dict[str, Any]], stem: Path) -> None:
@@ -152,11 +211,16 @@ def main() -> int:
     parser.add_argument("--generate", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plan", action="store_true", help="only say what would be done, and about how long it takes")
     here = Path(__file__).parent
     parser.add_argument("--results", type=Path, default=here / "results" / "quantise.json")
     parser.add_argument("--picture", type=Path, default=here.parent / "docs" / "pictures" / "quantise")
     options = parser.parse_args()
-    rows = measured(dict(item.split("=", 1) for item in options.networks), options)
+    pairs = dict(item.split("=", 1) for item in options.networks)
+    if options.plan:
+        print(planned(pairs, options))
+        return 0
+    rows = measured(pairs, options)
     command = shlex.join(["python", "benchmarks/quantise.py", *(re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:])])
     results = {
         "command": command,

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -196,22 +196,37 @@ def save(
     any other that is not empty is refused with UserError, as are a full disk and missing permission.
     card: README.md; manifest: kept in prunus.json with the size and SHA-256 of every file. tokenizer may be None.
     """
+
+    def fill(partial: Path) -> None:
+        with _generation_config(model, generation_config):
+            model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        tidy_tokenizer(partial)
+        _edit(partial / "config.json", _older_config)
+        _open_to_all(partial)
+        (partial / CARD).write_text(card, encoding="utf-8")
+
+    unique = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    save_files(directory, fill, n_bytes=sum(unique.values()), manifest=manifest)
+
+
+def save_files(
+    directory: str | Path, fill: Callable[[Path], None], *, n_bytes: int, manifest: Mapping[str, Any]
+) -> None:
+    """Write a directory whole or not at all: `fill` writes into another one, which is flushed, then renamed.
+
+    n_bytes: about what it will take. Refuses as `save` does; if `fill` raises, what stood there stays.
+    """
     target = Path(directory).absolute()
     refuse_foreign(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     with writing(target, partial):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_full(model, target)
+        _refuse_full(n_bytes, target)
         remove(partial)
         partial.mkdir()
-        with _generation_config(model, generation_config):
-            model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        _edit(partial / "tokenizer_config.json", _older_tokenizer)
-        _edit(partial / "config.json", _older_config)
-        _open_to_all(partial)
-        (partial / CARD).write_text(card, encoding="utf-8")
+        fill(partial)
         text = json.dumps({**manifest, "files": fingerprint(partial)}, indent=1)
         (partial / MANIFEST).write_text(text + "\n", encoding="utf-8")
         flush(partial)
@@ -242,12 +257,11 @@ def refuse_foreign(target: Path) -> None:
         )
 
 
-def _refuse_full(model: nn.Module, target: Path) -> None:
+def _refuse_full(n_bytes: int, target: Path) -> None:
     """Raise UserError before writing where the weights cannot fit."""
     import shutil
 
-    unique = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
-    need, free = sum(unique.values()) + 2**24, shutil.disk_usage(target.parent).free
+    need, free = n_bytes + 2**24, shutil.disk_usage(target.parent).free
     if need > free:
         raise UserError(
             f"cannot write {str(target)!r}: it needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
@@ -288,6 +302,11 @@ def _edit(path: Path, change: Any) -> None:
         raw = json.loads(path.read_text(encoding="utf-8"))
         change(raw)
         path.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tidy_tokenizer(directory: Path) -> None:
+    """Spell a saved tokenizer's configuration so that older programs read it too (**in place**)."""
+    _edit(directory / "tokenizer_config.json", _older_tokenizer)
 
 
 def _older_tokenizer(raw: dict[str, Any]) -> None:
@@ -344,6 +363,8 @@ __all__ = [
     "memory_need",
     "refuse_foreign",
     "save",
+    "save_files",
+    "tidy_tokenizer",
     "uniform_refusal",
     "verify",
 ]

@@ -1,12 +1,9 @@
-"""Floor 6: the door: one sub-command for each verb. torch is imported only when a verb runs.
-
-Flags are made from the settings of `config.py`: their names, their help and their checks are written there, once.
-"""
+"""Floor 6: the door: one sub-command for each verb. torch is imported only when a verb runs."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,84 +13,15 @@ from prunus.artefact import trouble
 from prunus.changes import FIRST
 from prunus.config import overrides, resolve, settings
 from prunus.errors import UserError
+from prunus.flags import Verb, flags, given
 from prunus.machine import environment
-from prunus.setting import ANYWHERE, Setting
-from prunus.targets import LIMITS
+from prunus.setting import ANYWHERE
 from prunus.terminal import Terminal, calm_libraries
 
 if TYPE_CHECKING:
     from prunus.calibration import Join
 
-MANY = ("--keep", *(f"--{kind.replace('_', '-')}" for kind in LIMITS))  # flags that take several values after one
-COMMON = ("device", "dtype", "seed")
-RESUMABLE = ("compress", "recover", "score", "train", "reform", "search", "extract", "report")
-
-
-class Verb(click.Command):
-    """A sub-command whose help groups its flags, and where `--keep 0.9 0.8` gives two values."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, spread(args))
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                groups.setdefault(getattr(parameter, "group", "Command"), []).append(record)
-        for name, records in groups.items():
-            with formatter.section(name):
-                formatter.write_dl(records)
-
-
-class Flag(click.Option):
-    """The flag of one setting. Its text is checked by the setting itself."""
-
-    def __init__(self, setting: Setting, name: str | None = None, group: str | None = None) -> None:
-        self.key = setting.key
-        section = setting.key.rpartition(".")[0]
-        self.group = group or (section.capitalize() if section else "Model and outcome")
-        flag = f"--{name or setting.flag}"
-        default = "" if setting.default in (None, ()) or name else f"  [default: {setting.shown}]"
-        is_switch = setting.plain is bool
-        super().__init__(
-            [f"{flag}/--no-{flag[2:]}" if is_switch else flag, setting.key.replace(".", "__")],
-            default=None,
-            multiple=flag in MANY,
-            metavar=None if is_switch else _metavar(setting),
-            help=setting.help + default,
-        )
-
-
-def _metavar(setting: Setting) -> str:
-    if setting.choices:
-        return "|".join(setting.choices)
-    kind = {int: "N", float: "X", str: "TEXT"}.get(setting.plain, "X ...")
-    return "FILE" if setting.key == "test_text" else kind
-
-
-def spread(args: Sequence[str]) -> list[str]:
-    """`--keep 0.9 0.8 X` as `--keep 0.9 --keep 0.8 X`: the numbers that follow such a flag are its values."""
-    out: list[str] = []
-    flag = ""  # the flag whose values may follow
-    for arg in args:
-        name, equals, value = arg.partition("=")
-        if name in MANY:
-            flag = name
-            out += [flag, value] if equals else [flag]
-        elif flag and _is_numbers(arg):
-            out += [arg] if out[-1] == flag else [flag, arg]
-        else:
-            flag = ""
-            out.append(arg)
-    return out
-
-
-def _is_numbers(text: str) -> bool:
-    try:
-        return bool([float(part) for part in text.split(",") if part])
-    except ValueError:
-        return False
+RESUMABLE = ("compress", "bench", "recover", "score", "train", "reform", "search", "extract", "report")
 
 
 class Door(click.Group):
@@ -153,41 +81,6 @@ def main() -> None:
     app(prog_name="prunus")
 
 
-# ------------------------------------------------------------------------------------------------------------ flags
-
-
-def flags(*keys: str, names: Mapping[str, str] | None = None) -> Callable[[click.Command], click.Command]:
-    """Adds the flags of some settings, and those that every command has, to a command."""
-
-    def add(command: click.Command) -> click.Command:
-        for key in dict.fromkeys((*keys, *COMMON)):
-            command.params.append(Flag(settings()[key], (names or {}).get(key)))
-        command.params += [
-            click.Option(["--config"], metavar="FILE", help="YAML file of settings; flags win over it"),
-            click.Option(["--set"], metavar="KEY=VALUE", multiple=True, help="any setting by its name in the file"),
-            click.Option(["--json"], metavar="FILE", help="also write the result as JSON; - for stdout"),
-            click.Option(["--quiet"], is_flag=True, help="no progress, no tables"),
-        ]
-        return command
-
-    return add
-
-
-def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among a command's parameters, by dotted key, those of --set included."""
-    asked = {
-        key: (" ".join(value) if isinstance(value, tuple) else value)
-        for key in settings()
-        if (value := parameters.get(key.replace(".", "__"))) not in (None, ())
-    }
-    for item in parameters.get("set") or ():
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UserError(f"--set takes KEY=VALUE, as in --set search.mlp_step=64; given {item!r}")
-        asked[key.strip()] = value.strip()
-    return asked
-
-
 # ------------------------------------------------------------------------------------------------------------ verbs
 
 
@@ -222,7 +115,7 @@ def compress(model: str | None, out: str, **parameters: Any) -> None:
 @click.option("--against", metavar="MODEL", help="also the KL divergence to this model, the dense one usually")
 @click.option("--join", type=click.Choice(["auto", "rows", "raw"]), default="auto", help="how lines become one text")
 @click.option("--speed", is_flag=True, help="also tokens per second, against --against where it is given")
-@click.option("--tasks", metavar="NAMES", help="lm-eval tasks, by commas; `paper` and `shen7` are suites of them")
+@click.option("--tasks", metavar="NAME ...", multiple=True, help="lm-eval tasks, or a suite: paper, shen7")
 @click.option(
     "--tasks-path", metavar="DIR", help="task files of lm-eval, e.g. for local data; only these are read then"
 )
@@ -278,7 +171,7 @@ def evaluate(checkpoint: str, against: str | None, join: Join, speed: bool, **pa
     if parameters["tasks"]:
         from prunus.tasks import asked_for, evaluate_tasks
 
-        asked = asked_for(parameters["tasks"].replace(",", " ").split(), parameters["shots"])
+        asked = asked_for(" ".join(parameters["tasks"]).replace(",", " ").split(), parameters["shots"])
         with terminal.progress()("tasks", len(asked)) as advance:
             found |= evaluate_tasks(
                 loaded.model, loaded.tokenizer, asked, path=parameters["tasks_path"], limit=parameters["limit"],
@@ -312,7 +205,15 @@ def check(model: str, **parameters: Any) -> None:
     terminal.result(inspect_model(config), parameters["json"])
 
 
-@flags("budget.runtime", "budget.prompt", "budget.batch", "budget.generate", "revision", "trust_remote_code")
+@flags(
+    "budget.runtime",
+    "budget.quant",
+    "budget.prompt",
+    "budget.batch",
+    "budget.generate",
+    "revision",
+    "trust_remote_code",
+)
 @app.command(cls=Verb)
 @click.argument("model")
 @click.option("--step", type=click.IntRange(1), help="neurons between two MLP widths that are measured")
@@ -336,17 +237,20 @@ def latency(model: str, step: int | None, again: bool, picture: str | None, **pa
 @flags("revision", "trust_remote_code")
 @app.command(cls=Verb)
 @click.argument("checkpoint")
-@click.option("--format", "form", type=click.Choice(["gguf"]), required=True, help="gguf: for llama.cpp, unmodified")
 @click.option(
-    "--quant", type=click.Choice(["f32", "f16", "q8_0", "q4_0"]), default="f16", show_default=True,
-    help="type of the matrices in the file",
+    "--format", "form", type=click.Choice(["gguf", "onnx", "vllm"]), required=True,
+    help="gguf: a file for llama.cpp, unmodified; onnx: a graph for onnxruntime; vllm: what vLLM's own classes load",
 )  # fmt: skip
-@click.option("--out", metavar="FILE", help="the file; by default beside the checkpoint, NAME-QUANT.gguf")
-@click.option("--overwrite", is_flag=True, help="replace the file if it exists")
+@click.option(
+    "--quant", type=click.Choice(["f32", "f16", "q8_0", "q4_0", "q4_k_m", "q5_k_m", "q6_k"]),
+    help="type of the matrices in a GGUF file  [default: f16]",
+)  # fmt: skip
+@click.option("--out", metavar="PATH", help="by default beside the checkpoint: NAME-QUANT.gguf, NAME-onnx, NAME-vllm")
+@click.option("--overwrite", is_flag=True, help="replace what an export wrote there before")
 @click.option("--tokenizer", metavar="FILE.gguf", help="take the tokenizer from this file, as it stands there")
 @click.option("--pre-tokenizer", metavar="NAME", help="llama.cpp's name for how words are split, if it is not known")
 def export(checkpoint: str, form: str, out: str | None, **parameters: Any) -> None:
-    """CHECKPOINT as a file for another program, loaded there and compared with PyTorch before it is handed over.
+    """CHECKPOINT for another program, tried and compared with PyTorch before it is handed over.
 
     CHECKPOINT is a directory that Prunus wrote, or any model that `compress` takes.
     """
@@ -426,6 +330,66 @@ def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> No
     terminal.result(found, parameters["json"])
     for sentence in found["notes"]:
         terminal.note(sentence)
+
+
+@flags(
+    *(key for key, one in settings().items() if one.flag and one.step == "calibrate" and key != "calibration.source"),
+)
+@app.command(cls=Verb)
+@click.argument("model", required=False)
+@click.option("--list", "show", is_flag=True, help="every method, its paper and what it can serve; needs no MODEL")
+@click.option(
+    "--methods",
+    metavar="NAME ...",
+    multiple=True,
+    help="names of --list; all (the default), or structured: those whose networks are smaller",
+)
+@click.option(
+    "--keep", metavar="X ...", multiple=True, help="shares of the decoder blocks' parameters [default: .8 .5]"
+)
+@click.option("--calibration", metavar="SOURCE", multiple=True, help="as in compress; give it again for more rows")
+@click.option("--text", metavar="FILE", multiple=True, help="test text; give it again for more columns")
+@click.option(
+    "--lengths",
+    metavar="N[:WINDOWS] ...",
+    multiple=True,
+    help="windows that perplexity is taken in: tokens, and how many from the beginning [default: 2048:5 128:24]",
+)
+@click.option("--tasks", metavar="NAME ...", multiple=True, help="also these tasks of lm-eval")
+@click.option("--task-path", metavar="DIR", help="take the tasks from the files in this directory only")
+@click.option("--task-limit", metavar="N", type=int, help="documents of each task")
+@click.option("--speed/--no-speed", default=True, help="also the speed against the dense model, in the same process")
+@click.option("--out", metavar="DIR", help="directory of the bench: new, empty, or the same bench's")
+def bench(model: str | None, show: bool, out: str | None, **parameters: Any) -> None:
+    """Rival methods and ours on the same MODEL, tokens and tests: one row for each method and share.
+
+    The same command again computes only the rows that are not there; methods, shares and calibrations may be added.
+    """
+    from prunus import bench
+
+    terminal = Terminal(parameters["quiet"])
+    if show:
+        terminal.result(bench.listed(), parameters["json"])
+        return
+    config = resolve(parameters["config"], {**given({**parameters, "keep": None}), "model": model})
+    if out is None:
+        raise UserError("where shall the rows go? Give --out DIR")
+    plan = bench.Plan(
+        methods=bench.chosen(parameters["methods"] or ("all",)),
+        keeps=resolve(None, {"model": "any", "keep": " ".join(parameters["keep"] or (".8", ".5"))}).keep,
+        calibrations=parameters["calibration"] or (config.calibration.source,),
+        texts=parameters["text"],
+        lengths=bench.read_lengths(parameters["lengths"] or ("2048:5", "128:24")),
+        tasks=tuple(word for words in parameters["tasks"] for word in words.split(",")),
+        task_path=parameters["task_path"],
+        task_limit=parameters["task_limit"],
+        speed=parameters["speed"],
+    )
+    calm_libraries()
+    found = bench.run(config, plan, out, terminal.progress())
+    terminal.result({"rows": bench.summary(found["rows"]), "report": found["report"]}, None)
+    if parameters["json"]:
+        Terminal(quiet=True).result(found, parameters["json"])
 
 
 def _step(name: str, sentence: str) -> click.Command:

@@ -154,6 +154,13 @@ class SearchConfig(Section):
     )
     mlp_step: int = setting(32, "neurons between two levels of an MLP", step="reform", low=1)
     depth: bool = setting(True, "whole attention and MLP sub-blocks may go", step="reform")
+    attention: Literal["grid", "groups", "whole", "none"] = setting(
+        "grid",
+        "what may go of an attention: KV groups and query heads (grid), whole KV groups, the attention of a layer as a "
+        "whole (what vLLM's class for ragged layers holds), or none",
+        step="reform",
+        flag="attention",
+    )
     hidden: bool = setting(False, "the hidden size may shrink", step="search")
     workers: int = setting(1, "processes that share the search", step=ANYWHERE, flag="workers", low=1)
 
@@ -179,8 +186,11 @@ class BudgetConfig(Section):
         (), "megabytes (10^6 bytes) of weights and KV cache at --context",
         step="search", flag="memory-mb", above=0,
     )  # fmt: skip
-    runtime: Literal["torch"] = setting(
-        "torch", "the program that times are measured in: torch only, so far", step="search", flag="runtime"
+    runtime: Literal["torch", "llama.cpp"] = setting(
+        "torch", "the program that times are measured in", step="search", flag="runtime"
+    )
+    quant: Literal["f32", "f16", "q8_0", "q4_0"] = setting(
+        "f16", "type of the matrices that llama.cpp is timed with", step="search", flag="quant"
     )
     prompt: int = setting(512, "tokens in the prompt of a request", step="search", flag="prompt", low=1)
     batch: int = setting(2, "sequences in a request", step="search", flag="batch", low=1)
@@ -193,11 +203,6 @@ class BudgetConfig(Section):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if str(self.runtime) == "llama.cpp":
-            raise UserError(
-                "times are measured in torch only: tables of llama.cpp are not there yet. Leave --runtime out; what "
-                "`prunus export` writes can be timed with llama-bench"
-            )
         super().__post_init__()
         for kind in LIMITS:
             values = getattr(self, kind)
@@ -218,10 +223,30 @@ class BudgetConfig(Section):
 
 
 @dataclass(frozen=True)
+class RivalConfig(Section):
+    """What other people's methods may spend; they use the calibration text of ours."""
+
+    prefix: ClassVar[str] = "rival."
+    search_tokens: int = setting(
+        100_000, "forward tokens that a rival's search may spend on each network", step="score", low=1
+    )
+    window: int = setting(
+        1024, "tokens of the window that greedy rivals and searches judge candidates by", step="score", low=8
+    )
+    gradients: int = setting(10, "calibration sequences that LLM-Pruner's gradients come from", step="score", low=1)
+
+
+@dataclass(frozen=True)
 class CompressConfig(Section):
     """Everything that decides what `compress` makes of a model; where it is written is not part of it."""
 
     model: str = setting(help="a hub id, a local directory, a .gguf file, or `demo`", step="calibrate")
+    method: str = setting(
+        "prunus",
+        "who chooses what stays: prunus, or a rival by the name that `prunus bench --list` gives it",
+        step="score",
+        flag="method",
+    )
     keep: tuple[float, ...] = setting(
         KEEP,
         "shares to keep, one checkpoint for each",
@@ -261,6 +286,7 @@ class CompressConfig(Section):
     reform: ReformConfig = field(default_factory=ReformConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    rival: RivalConfig = field(default_factory=RivalConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus import costs, latency, machine
+from prunus import costs, machine, runtimes
 from prunus.choosing import open_record
 from prunus.errors import UserError
 from prunus.evaluation import compare_speed, perplexity, text_ids
@@ -77,11 +77,11 @@ def figures(s: Session, p: Prepared, name: str, sub: SubNetwork, weights: Overri
     found["kl_nats"] = statistics.fmean(values)
     found["kl_se"] = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     small = extract(s.model, s.family, sub, weights, uniform=True if s.config.uniform else None)
-    found |= _figures(s, small)
+    found |= judged(s, small)
     speed = compare_speed(s.model, small)
     found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
     if s.timetable is not None:
-        timed = latency.compare(s.model, small, s.request)
+        timed = runtimes.compare(s.model, small, s.config.budget)
         found |= {"measured_ms": timed["request_ms"], "measured_speedup": timed["speedup"]}
         found["measured_tps"] = 1000 * s.request.batch / timed["token_ms"]
     return found
@@ -91,12 +91,13 @@ def measure_dense(s: Session) -> Network:
     """The same figures of the dense model."""
     with s.progress("evaluation of the dense model"):
         found: Any = s.run.do(
-            "evaluate", "evaluation/dense.json", lambda: {**network(s, "dense", s.whole), **_figures(s, s.model)}
+            "evaluate", "evaluation/dense.json", lambda: {**network(s, "dense", s.whole), **judged(s, s.model)}
         )
     return _as_network(found)
 
 
-def _figures(s: Session, model: nn.Module) -> dict[str, Any]:
+def judged(s: Session, model: nn.Module) -> dict[str, Any]:
+    """What a model writes, and its perplexity where the run has a text."""
     found: dict[str, Any] = {"sample": _sample(s, model)}
     if s.config.test_text:
         ids = text_ids(s.config.test_text, s.tokenizer)
@@ -180,7 +181,8 @@ def _tier(s: Session) -> str:
     source = s.run.notes.get("calibration_source", s.config.calibration.source)
     if s.tier:
         return f"after training the super-network on {Path(str(s.config.train.data)).name}; calibrated on {source}"
-    return f"without training; calibrated on {source}"
+    how = "without training" if s.config.method == "prunus" else f"by the method {s.config.method}, without training"
+    return f"{how}; calibrated on {source}"
 
 
 def manifest(s: Session, sub: SubNetwork, found: Network) -> dict[str, Any]:
@@ -195,8 +197,10 @@ def manifest(s: Session, sub: SubNetwork, found: Network) -> dict[str, Any]:
     }
 
 
-def report_data(s: Session, p: Prepared, dense: Network, chosen: Mapping[str, Network], command: str) -> ReportData:
-    """Everything that the report shows."""
+def report_data(
+    s: Session, p: Prepared | None, dense: Network, chosen: Mapping[str, Network], command: str
+) -> ReportData:
+    """Everything that the report shows; p: None where nothing was searched."""
     calibration = s.config.calibration
     return {
         "model": s.config.model,
@@ -204,7 +208,7 @@ def report_data(s: Session, p: Prepared, dense: Network, chosen: Mapping[str, Ne
         "keep_of": s.config.keep_of,
         "dense": dense,
         "chosen": [{**found, "path": f"models/{name}"} for name, found in chosen.items()],
-        "tried": tried(s, p),
+        "tried": tried(s, p) if p else [],
         "steps": [
             {
                 "name": name,
@@ -228,7 +232,7 @@ def report_data(s: Session, p: Prepared, dense: Network, chosen: Mapping[str, Ne
         "versions": machine.environment(),
         "machine": machine.words(),
         "prompt": PROMPT,
-        "error_curves": error_curves(s, p),
+        **({"error_curves": error_curves(s, p)} if p else {}),  # type: ignore[typeddict-item]
         **({"latency": json.loads(s.timetable.to_json())} if s.timetable else {}),  # type: ignore[typeddict-item]
     }
 

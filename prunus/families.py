@@ -277,7 +277,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 def family_of(config: Any) -> Family:
     """The table of a Hugging Face config; raises UserError for an unknown `model_type`, never guesses."""
     model_type = getattr(config, "model_type", None)
-    family = FAMILIES.get(str(model_type).removeprefix("prunus_"))
+    family = FAMILIES.get(str(model_type).removeprefix("prunus_").removeprefix("sliced_"))
     if family is None:
         raise UserError(
             f"no family table for model_type {model_type!r}. Known: {', '.join(sorted(FAMILIES))}. "

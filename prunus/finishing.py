@@ -15,7 +15,7 @@ from prunus.slicing import Override, extract
 from prunus.steps import MICRO, Prepared, Session, openings
 from prunus.subnetwork import SubNetwork
 
-JUDGED = 2  # held-out windows that decide whether a layer keeps its refitted weights
+JUDGED = 4  # held-out windows that decide whether a layer keeps its refitted weights
 
 
 def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]) -> dict[str, Override]:
@@ -62,9 +62,14 @@ def _refit_missing(
         judge = sequential.Judge(s.stream, p.objective.holdout[:JUDGED], pairs)
         refitted = sequential.refit_all(s.stream, ids, pairs, settings, openings=first, accept=judge, advance=step)
     kept = {}
-    for (name, sub), new, refused in zip(chosen.items(), refitted, judge.refused, strict=True):
+    for (name, sub), new, taken in zip(chosen.items(), refitted, judge.taken, strict=True):
         before, after = (fmean(holdout_nats(s, p, sub, w)) for w in (one_shot[name], new))
-        figures = {"one_shot_nats": before, "sequential_nats": after, "layers_refused": refused}
+        figures = {
+            "one_shot_nats": before,
+            "sequential_nats": after,
+            "layers_halved": taken[1],
+            "layers_refused": taken[2],
+        }
         s.run.note(f"sequential/{name}", figures)
         kept[name] = named(new if after < before else one_shot[name])
     return kept

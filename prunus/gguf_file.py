@@ -144,16 +144,18 @@ def write(
         writer.close()
 
 
-def check(path: Path, planned: Sequence[Planned]) -> None:
+def check(path: Path, planned: Sequence[Planned], free: bool = False) -> dict[str, str]:
     """Read the file back: every planned tensor with its shape and type, the tokens and the architecture's keys.
 
+    free: another program chose the types, so that only names and shapes are planned. Returns the types by name.
     Raises UserError for the first that is not as it was meant.
     """
     import gguf
 
     reader = gguf.GGUFReader(path)
     found = {t.name: (tuple(int(n) for n in reversed(t.shape)), t.tensor_type.name) for t in reader.tensors}
-    wanted = {t.name: (tuple(t.shape), QUANTS[t.kind]) for t in planned}
+    types = {name: kind for name, (_, kind) in found.items()}
+    wanted = {t.name: (tuple(t.shape), types.get(t.name, "") if free else QUANTS[t.kind]) for t in planned}
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise UserError(
@@ -163,3 +165,12 @@ def check(path: Path, planned: Sequence[Planned]) -> None:
     for key in ("general.architecture", "tokenizer.ggml.tokens"):
         if key not in reader.fields:
             raise UserError(f"the file that was written lacks {key!r}; write it again")
+    return types
+
+
+def stored(path: Path) -> Callable[[str], Any]:
+    """What a file holds of a tensor by its name, as float32 numbers."""
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    return lambda name: gguf.quants.dequantize(tensors[name].data, tensors[name].tensor_type)

@@ -17,6 +17,8 @@ from prunus.errors import UserError
 from prunus.families import size_of
 
 QUANTS: Mapping[str, str] = {"f32": "F32", "f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+KMIX: Mapping[str, int] = {"q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}  # mixtures that llama.cpp makes: its own numbers
+SUPERBLOCK = 256  # numbers of a row that K-quants scale together
 BLOCK = 32  # numbers of a row that q8_0 and q4_0 scale together
 STUB = 32  # width of an MLP of zeros, where one was dropped: llama.cpp discards the attention of a layer without MLP
 _ALWAYS_F32 = ("position_embd", "rope_factors", "rope_freqs")
@@ -253,3 +255,26 @@ def round_weights(planned: list[Planned]) -> None:
             if one.kind != "f32" and id(module.weight) not in done:
                 done.add(id(module.weight))
                 weight.copy_(rounded(weight.detach().cpu(), one.kind))
+
+
+@torch.no_grad()
+def take_back(planned: Planned, stored: Tensor) -> None:
+    """Give the model the rows of one tensor as a file holds them (**in place**), whatever quantised them.
+
+    stored: float32, as read from the file. Rows may be permuted, stacked or a part of a module's, and all of them
+    multiplied by one factor: what the plan makes of ones, and of row numbers, says which went where.
+    """
+    weights = [_weight(module) for module in planned.modules]
+    before = [weight.clone() for weight in weights]
+    starts = np.cumsum([0, *(len(weight) for weight in weights)]).tolist()
+    for weight in weights:
+        weight.fill_(1.0)
+    factor = float(planned.make().flatten()[0])
+    for weight, start in zip(weights, starts, strict=False):
+        weight.copy_(torch.arange(start, start + len(weight), dtype=weight.dtype)[:, None].expand_as(weight))
+    source = (planned.make()[:, 0] / factor).round().long()
+    for weight, old in zip(weights, before, strict=True):
+        weight.copy_(old)
+    for weight, start in zip(weights, starts, strict=False):
+        here = (source >= start) & (source < start + len(weight))
+        weight[source[here] - start] = (stored[here] / factor).to(weight)

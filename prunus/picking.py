@@ -15,7 +15,18 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus import checkpoint, choosing, describe, finishing, loading, neighbours, sensitivity, sequential, steps
+from prunus import (
+    checkpoint,
+    choosing,
+    describe,
+    finishing,
+    loading,
+    neighbours,
+    rivals,
+    sensitivity,
+    sequential,
+    steps,
+)
 from prunus.artefact import load_json, load_tensors
 from prunus.config import STEPS, BudgetConfig, CompressConfig
 from prunus.errors import UserError
@@ -72,6 +83,7 @@ def pick(
     """
     own = _counting(CompressConfig.from_dict(read_manifest(run)["config"]))
     config = _asked(own, keep_of, model, device)
+    rivals.refuse_step(own, "pick")
     if refit < 0:
         raise UserError(f"refit is a number of windows, 0 or more; given {refit}")
     with Run.reopen(run, steps=(*STEPS, STEP)) as record:

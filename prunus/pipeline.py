@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from prunus import choosing, describe, finishing, loading, steps, supernet
+from prunus import choosing, describe, finishing, loading, rivals, steps, supernet
 from prunus.changes import TARGETS
 from prunus.config import CompressConfig, flatten
 from prunus.families import family_of
@@ -34,6 +34,8 @@ def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Pr
     """One step of an existing run, with what it needs before it; overrides (dotted keys) change it and later ones."""
     raw = {**flatten(read_manifest(out)["config"]), **overrides}
     config = CompressConfig.from_dict(raw)  # refuses what does not fit together before anything is deleted
+    if name not in ("extract", "report"):
+        rivals.refuse_step(config, name)
     asked = {**overrides, "keep": config.keep} if set(TARGETS) & overrides.keys() else overrides
     with Run.reopen(out) as run:
         raw = run.change(name, asked)
@@ -41,6 +43,8 @@ def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Pr
 
 
 def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> dict[str, Any]:
+    if config.method != rivals.OURS:
+        return rivals.compress(config, out, progress)
     windows = config.calibration.samples + config.calibration.holdout, config.calibration.length
     loaded = loading.load_configured(config, windows=windows)
     with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:

@@ -14,7 +14,7 @@ PACKAGE = "transformers"
 
 
 def install() -> None:
-    """Register the ragged classes now if transformers is imported, else as soon as it is."""
+    """Register the classes of ours now if transformers is imported, else as soon as it is."""
     if PACKAGE in sys.modules:
         _register()
     elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
@@ -22,8 +22,9 @@ def install() -> None:
 
 
 def _register() -> None:
-    if "prunus.ragged" not in sys.modules:  # else it is being imported, and registers its classes when it is done
-        importlib.import_module("prunus.ragged")
+    for name in ("prunus.ragged", "prunus.sliced"):
+        if name not in sys.modules:  # else it is being imported, and registers its classes when it is done
+            importlib.import_module(name)
 
 
 class _Watch(importlib.abc.MetaPathFinder):

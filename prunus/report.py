@@ -37,6 +37,7 @@ class ReportData(TypedDict):
     machine: NotRequired[str]  # processor, cores, memory in words
     error_curves: NotRequired[list[ErrorCurve]]
     prompt: NotRequired[str]  # of the samples
+    rival: NotRequired[dict[str, Any]]  # whose method it is, where it is not ours: name, title, paper, notes by network
     latency: NotRequired[dict[str, Any]]  # the table that times were predicted by, as JSON
 
 
@@ -91,6 +92,9 @@ def _summary(data: ReportData) -> str:
         lines.append(
             f"{networks} of {span} parameters, cut out of {_millions(dense['parameters'])} (family {data['family']})."
         )
+    if rival := data.get("rival"):
+        lines.append(f"Method: **{rival['name']}**, {rival['title']} ({rival['paper']}); nothing of ours is in it.")
+        lines += [f"- {name}: {'; '.join(notes)}" for name, notes in rival["notes"].items() if notes]
     collapsed = [n["name"] for n in chosen if n.get("kl_nats", 0.0) > COLLAPSE_NATS]
     if collapsed:
         lines.append(

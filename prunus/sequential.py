@@ -4,10 +4,13 @@ Layer by layer, from the inputs that the already compressed layers give. Writers
 the dense sub-layer's output plus a share of the drift between the dense and the compressed residual stream, so that
 each layer mends what the earlier ones broke; readers (query, key, value, gate, up) aim at what they gave on the dense
 model's inputs. Closed form, no gradients. All candidates travel together: the dense model runs once for all of them.
+The residual stream is float32 (`LayerStream.carrying_float32`); candidates carry their difference to the dense model's,
+in the dtype of the weights.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ from prunus.stream import LayerStream, inputs_of
 from prunus.subnetwork import SubNetwork
 
 Advance = Callable[[int], None]
-Accept = Callable[[int, int, Override, Override], bool]  # (candidate, layer, before, after)
+Accept = Callable[[int, int, Sequence[Override]], int]  # (candidate, layer, weights to choose from) -> which one
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,18 @@ class _Traveller:
 
     sub: SubNetwork
     weights: dict[tuple[int, str], Tensor]
-    hidden: list[Tensor]
+    carried: list[Tensor]  # hidden states of each batch; their difference to the dense ones where the sizes agree
     readers: dict[tuple[int, str], tuple[Tensor, Tensor | None]]  # as the super-network has them: (weight, bias)
+
+    def hidden(self, b: int, dense: Tensor) -> Tensor:
+        """Hidden states of batch b; `dense` are those of the dense model at the same place."""
+        own = self.carried[b]
+        return dense + own if own.shape == dense.shape else own
+
+
+def _difference(hidden: Tensor, dense: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a traveller carries of its hidden states."""
+    return (hidden - dense).to(dtype) if hidden.shape == dense.shape else hidden
 
 
 class _Stop(Exception):
@@ -74,26 +87,33 @@ def refit_all(
 
     candidates: sub-networks of the sorted super-network with the weights that the ridge pulls towards: one-shot ones
     (`levels.Levels`), or those of an earlier pass. openings (m, 1): tokens that a text may begin with, fitted as
-    sequences of their own (`calibration.openings`). accept: asked once per candidate and layer; where it says no the
-    layer keeps what it had.
+    sequences of their own (`calibration.openings`). accept: asked once per candidate and layer, to
+    choose among the refitted weights, those halfway, and those of before.
     """
     batches = [] if openings is None else [openings]  # first: readers see every n-th batch from the first on
     batches += torch.split(ids, settings.micro)
-    dense = [stream.embed(batch) for batch in batches]
-    travellers = []
-    for sub, override in candidates:
-        with activate(stream.model, stream.family, sub):
-            hidden = [stream.embed(batch) for batch in batches]
-            travellers.append(_Traveller(sub, dict(override), hidden, _dense_readers(stream, sub)))
-    for i in range(len(stream)):
-        truth = _dense_layer(stream, i, dense)
-        for c, traveller in enumerate(travellers):
-            _refit_layer(stream, i, c, traveller, truth, settings, accept)
-            if advance:
-                advance(ids.numel())
-        dense = truth.after
-        give_back()
+    with stream.carrying_float32():
+        dense = [stream.embed(batch) for batch in batches]
+        travellers = [_start(stream, sub, override, batches, dense) for sub, override in candidates]
+        for i in range(len(stream)):
+            truth = _dense_layer(stream, i, dense, settings.reader_stride)
+            for c, traveller in enumerate(travellers):
+                _refit_layer(stream, i, c, traveller, truth, settings, accept)
+                if advance:
+                    advance(ids.numel())
+            dense = truth.after
+            give_back()
     return [t.weights for t in travellers]
+
+
+def _start(
+    stream: LayerStream, sub: SubNetwork, override: Override, batches: list[Tensor], dense: list[Tensor]
+) -> _Traveller:
+    """One candidate before layer 0."""
+    dtype = next(stream.model.parameters()).dtype
+    with activate(stream.model, stream.family, sub):
+        carried = [_difference(stream.embed(batch), h, dtype) for batch, h in zip(batches, dense, strict=True)]
+        return _Traveller(sub, dict(override), carried, _dense_readers(stream, sub))
 
 
 @dataclass(frozen=True)
@@ -103,7 +123,7 @@ class _Truth:
     before: list[Tensor]
     after: list[Tensor]
     outputs: dict[str, list[Tensor]]
-    inputs: dict[str, list[Tensor]]  # of the first reader of each sub-layer; its other readers see the same
+    inputs: dict[str, dict[int, Tensor]]  # of the first reader of each sub-layer; its other readers see the same
 
 
 def readers_of(family: Family, part: Literal["attention", "mlp"]) -> list[str]:
@@ -125,25 +145,39 @@ def _dense_readers(stream: LayerStream, sub: SubNetwork) -> dict[tuple[int, str]
     return found
 
 
-def _dense_layer(stream: LayerStream, i: int, dense: list[Tensor]) -> _Truth:
+def _dense_layer(stream: LayerStream, i: int, dense: list[Tensor], stride: int) -> _Truth:
     layer, family = stream.layers[i], stream.family
-    outputs: dict[str, list[Tensor]] = {family.attention_writer: [], family.mlp_writer: []}
-    inputs: dict[str, list[Tensor]] = {readers_of(family, "attention")[0]: [], readers_of(family, "mlp")[0]: []}
-    hooks = [
-        layer.get_submodule(path).register_forward_hook(lambda _, __, out, p=path: outputs[p].append(out))
-        for path in outputs
-    ]
-    hooks += [
-        layer.get_submodule(path).register_forward_pre_hook(lambda _, x, p=path: inputs[p].append(x[0]))
-        for path in inputs
-    ]
+    writers = (family.attention_writer, family.mlp_writer)
+    readers = (readers_of(family, "attention")[0], readers_of(family, "mlp")[0])
+    truth = _Truth(dense, [], {path: [] for path in writers}, {path: {} for path in readers})
+    for b, hidden in enumerate(dense):
+        with inputs_of(layer, *readers) as seen, _outputs_of(layer, *writers) as given:
+            truth.after.append(stream.run(i, hidden))
+        for path in writers:
+            truth.outputs[path].append(given[path].view_as(hidden))
+        if b % stride == 0:
+            for path in readers:
+                truth.inputs[path][b] = seen[path]
+    return truth
+
+
+@contextmanager
+def _outputs_of(layer: nn.Module, *paths: str) -> Iterator[dict[str, Tensor]]:
+    """Inside the block, the dict holds the last output of each named module of one layer."""
+    given: dict[str, Tensor] = {}
+
+    def watch(path: str) -> Any:
+        def hook(_: nn.Module, __: Any, out: Tensor) -> None:
+            given[path] = out
+
+        return layer.get_submodule(path).register_forward_hook(hook)
+
+    hooks = [watch(path) for path in paths]
     try:
-        after = [stream.run(i, hidden) for hidden in dense]
+        yield given
     finally:
         for hook in hooks:
             hook.remove()
-    outputs = {p: [o.view_as(h) for o, h in zip(out, dense, strict=True)] for p, out in outputs.items()}
-    return _Truth(dense, after, outputs, inputs)
 
 
 def _refit_layer(
@@ -166,16 +200,46 @@ def _refit_layer(
         _refit_readers(stream, i, traveller, "mlp", truth, settings, replay)
         moved = _refit_mlp(stream, i, traveller, truth, settings, replay)
     else:
-        moved = _advance(stream, i, traveller, replay)
-    if accept is not None and not accept(c, i, before, traveller.weights):
-        traveller.weights = before
-        moved = _advance(stream, i, traveller, [])
-    traveller.hidden = moved
+        moved = _advance(stream, i, traveller, truth, replay)
+    if accept is not None:
+        choice = [traveller.weights, _halfway(stream, i, traveller.sub, before, traveller.weights), before]
+        taken = accept(c, i, choice)
+        if taken > 0:
+            traveller.weights = dict(choice[taken])
+            moved = _advance(stream, i, traveller, truth, [])
+    traveller.carried = moved
 
 
-def _advance(stream: LayerStream, i: int, traveller: _Traveller, replay: list[Tensor]) -> list[Tensor]:
+def _halfway(stream: LayerStream, i: int, sub: SubNetwork, before: Override, after: Override) -> Override:
+    """Weights in the middle between two sets that differ in layer i."""
+    out = dict(after)
+    with activate(stream.model, stream.family, sub, before):
+        for (layer, name), new in after.items():
+            if layer == i:
+                path, _, kind = name.rpartition(".")
+                old = getattr(stream.layers[i].get_submodule(path), kind)
+                out[layer, name] = ((new.float() + old.float()) / 2).to(new.dtype)
+    return out
+
+
+def _per_size(states: Tensor) -> Tensor:
+    """One factor per token, (tokens, 1): the power of two next to 1 / rms of its hidden states, so exact to scale by.
+
+    Errors are then relative: the norm of the next layer divides by that size, and a few massive tokens (attention
+    sinks) do not outweigh all others.
+    """
+    rms = states.flatten(0, -2).float().square().mean(-1, keepdim=True).sqrt()
+    return torch.exp2(torch.round(-torch.log2(rms.clamp(min=1e-6))))
+
+
+def _advance(stream: LayerStream, i: int, traveller: _Traveller, truth: _Truth, replay: list[Tensor]) -> list[Tensor]:
+    """What the candidate carries behind layer i."""
+    moved = []
     with activate(stream.model, stream.family, traveller.sub, traveller.weights), _replayed(stream, i, replay) as tell:
-        return [stream.run(i, tell(b, hidden)) for b, hidden in enumerate(traveller.hidden)]
+        for b, (before, after) in enumerate(zip(truth.before, truth.after, strict=True)):
+            hidden = stream.run(i, tell(b, traveller.hidden(b, before)))
+            moved.append(_difference(hidden, after, traveller.carried[b].dtype))
+    return moved
 
 
 class _Replay(nn.Module):
@@ -227,9 +291,9 @@ def _refit_readers(
     own, dense, tokens = torch.zeros(n, device=device), torch.zeros(n, device=device), 0
     with activate(stream.model, stream.family, traveller.sub, traveller.weights):
         with _replayed(stream, i, replay) as tell:
-            for b in range(0, len(traveller.hidden), settings.reader_stride):
-                x = _input_only(stream, i, paths[0], tell(b, traveller.hidden[b])).flatten(0, -2)
-                y = truth.inputs[paths[0]][b].flatten(0, -2)
+            for b, inputs in truth.inputs[paths[0]].items():
+                x = _input_only(stream, i, paths[0], tell(b, traveller.hidden(b, truth.before[b]))).flatten(0, -2)
+                y = inputs.flatten(0, -2)
                 add_products(gram, x, x)
                 add_products(cross, x, y)
                 own += x.sum(0, dtype=torch.float32)
@@ -252,16 +316,16 @@ def _refit_attention(
     drift = 0.0 if stream.family.post_norm else settings.drift
     with activate(stream.model, stream.family, traveller.sub, traveller.weights):
         moments, inputs = _Moments(stream.layers[i], path), []
-        for b, hidden in enumerate(traveller.hidden):
-            wanted = truth.outputs[path][b]
+        for b, before in enumerate(truth.before):
+            wanted, hidden = truth.outputs[path][b], traveller.hidden(b, before)
             if drift:
-                wanted = wanted + drift * (truth.before[b] - hidden)
+                wanted = wanted + drift * (before - hidden)
             inputs.append(_input_only(stream, i, path, hidden))
-            moments.add(inputs[-1], wanted)
+            moments.add(inputs[-1], wanted, _per_size(before))
         new = moments.solve(settings.damping)
         traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
         with _holding(stream.layers[i].get_submodule(path), new) as writer:
-            return [writer(x).view_as(h) for x, h in zip(inputs, traveller.hidden, strict=True)]
+            return [writer(x).view_as(h) for x, h in zip(inputs, truth.before, strict=True)]
 
 
 def _refit_mlp(
@@ -272,32 +336,30 @@ def _refit_mlp(
     settings: SequentialSettings,
     replay: list[Tensor],
 ) -> list[Tensor]:
-    """Refit the MLP's writer, and return the hidden states behind the layer with the new weight."""
+    """Refit the MLP's writer, and return what the candidate carries behind the layer with the new weight."""
     family, layer, path = stream.family, stream.layers[i], stream.family.mlp_writer
     drift = 0.0 if family.post_norm else settings.drift
     kept, rests = [], []
-    with activate(stream.model, family, traveller.sub, traveller.weights), _replayed(stream, i, replay) as tell:
+    with activate(stream.model, family, traveller.sub, traveller.weights):
         moments = _Moments(layer, path)
-        for b, hidden in enumerate(traveller.hidden):
-            own: list[Tensor] = []
-            hook = layer.get_submodule(path).register_forward_hook(lambda _, __, out, own=own: own.append(out))
-            try:
-                with inputs_of(layer, path) as seen:
-                    out = stream.run(i, tell(b, hidden))
-            finally:
-                hook.remove()
-            wanted = truth.outputs[path][b]
-            if not family.post_norm:
-                rests.append(out - own[0].view_as(out))  # the stream without this MLP's share
-                kept.append(seen[path])
-                wanted = wanted + drift * (truth.after[b] - wanted - rests[-1])
-            moments.add(seen[path], wanted)
+        with _replayed(stream, i, replay) as tell:
+            for b, before in enumerate(truth.before):
+                with _outputs_of(layer, path) as own, inputs_of(layer, path) as seen:
+                    out = stream.run(i, tell(b, traveller.hidden(b, before)))
+                wanted = truth.outputs[path][b]
+                if not family.post_norm:
+                    rest = out - own[path].view_as(out)  # the stream without this MLP's share
+                    wanted = wanted + drift * (truth.after[b] - wanted - rest)
+                    rests.append(_difference(rest, truth.after[b], out.dtype))
+                    kept.append(seen[path])
+                moments.add(seen[path], wanted, _per_size(truth.after[b]))
         new = moments.solve(settings.damping)
         traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
-        with _holding(layer.get_submodule(path), new) as writer:
-            if family.post_norm:
-                return [stream.run(i, tell(b, hidden)) for b, hidden in enumerate(traveller.hidden)]
-            return [rest + writer(x).view_as(rest) for x, rest in zip(kept, rests, strict=True)]
+        if not family.post_norm:
+            with _holding(layer.get_submodule(path), new) as writer:
+                parts = zip(rests, kept, traveller.carried, strict=True)
+                return [(rest + writer(x).view_as(rest)).to(own.dtype) for rest, x, own in parts]
+    return _advance(stream, i, traveller, truth, replay)
 
 
 @contextmanager
@@ -313,10 +375,11 @@ def _holding(module: nn.Module, new: dict[str, Tensor]) -> Iterator[nn.Module]:
 
 
 class Judge:
-    """An `Accept`: a layer keeps its refitted weights unless they raise the divergence on held-out windows.
+    """An `Accept`: takes the first weights that do not raise the divergence on held-out windows, else the last.
 
-    The layers behind it still have their weights of before. `tolerance` is relative: a rise that small is noise, which
+    The layers behind still have their weights of before. `tolerance` is relative: a rise that small is noise, which
     later layers, refitted to undo drift, make up for. Each question costs one forward of the layers from it on.
+    `taken[candidate][k]` counts how often the k-th of the weights was taken.
     """
 
     def __init__(
@@ -330,7 +393,7 @@ class Judge:
     ) -> None:
         self.stream, self.tolerance, self.stride = stream, tolerance, stride
         self.subs = [sub for sub, _ in candidates]
-        self.refused = [0] * len(candidates)
+        self.taken: list[Counter[int]] = [Counter() for _ in candidates]
         with torch.no_grad():
             self.reference = self._logits(stream.run_from(0, stream.embed(windows)))
             self.states, self.nats = [], []
@@ -339,18 +402,18 @@ class Judge:
                     self.states.append(stream.embed(windows))
                     self.nats.append(self._nats(stream.run_from(0, self.states[-1])))
 
-    def __call__(self, c: int, i: int, before: Override, after: Override) -> bool:
-        sub = self.subs[c]
-        with torch.no_grad(), activate(self.stream.model, self.stream.family, sub, after):
-            moved = self.stream.run(i, self.states[c])
-            nats = self._nats(self.stream.run_from(i + 1, moved))
-        if nats <= self.nats[c] * (1 + self.tolerance):
-            self.states[c], self.nats[c] = moved, nats
-            return True
-        self.refused[c] += 1
-        with torch.no_grad(), activate(self.stream.model, self.stream.family, sub, before):
-            self.states[c] = self.stream.run(i, self.states[c])
-        return False
+    @torch.no_grad()
+    def __call__(self, c: int, i: int, choice: Sequence[Override]) -> int:
+        for k, weights in enumerate(choice):
+            with activate(self.stream.model, self.stream.family, self.subs[c], weights):
+                moved = self.stream.run(i, self.states[c])
+                last = k == len(choice) - 1
+                nats = self.nats[c] if last else self._nats(self.stream.run_from(i + 1, moved))
+            if last or nats <= self.nats[c] * (1 + self.tolerance):
+                self.states[c], self.nats[c] = moved, nats
+                self.taken[c][k] += 1
+                return k
+        raise ValueError("there were no weights to choose from")
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.stream.logits(hidden[:, self.stride - 1 :: self.stride])
@@ -389,17 +452,19 @@ class _Moments:
         device = self.prior.device
         self.gram, self.cross = torch.zeros(k, k, device=device), torch.zeros(k, out, device=device)
         self.inputs, self.outputs = torch.zeros(k, device=device), torch.zeros(out, device=device)
-        self.tokens = 0
+        self.tokens = 0.0
 
-    def add(self, inputs: Tensor, wanted: Tensor) -> None:
+    def add(self, inputs: Tensor, wanted: Tensor, scale: Tensor) -> None:
         x, y = inputs.flatten(0, -2), wanted.flatten(0, -2)
         if self.bias is not None:
             y = y - self.bias
-            self.inputs += x.sum(0, dtype=torch.float32)
-            self.outputs += y.sum(0, dtype=torch.float32)
+        x, y = x * scale.to(x.dtype), y * scale
+        if self.bias is not None:
+            self.inputs += (x * scale).sum(0, dtype=torch.float32)
+            self.outputs += (y * scale).sum(0, dtype=torch.float32)
         add_products(self.gram, x, x)
         add_products(self.cross, x, y)
-        self.tokens += len(x)
+        self.tokens += float(scale.square().sum())
 
     def solve(self, damping: float) -> dict[str, Tensor]:
         """The new weight, and the new bias where there is one: then the moments are centred, and it takes the means."""

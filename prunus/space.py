@@ -23,7 +23,7 @@ from prunus.subnetwork import LayerShape, SubNetwork
 Heads = tuple[int, int]  # (KV groups, query heads in each); (0, 0) drops the attention
 Levels = tuple[int, ...]  # one option's index for every gene
 Cost = Callable[[SubNetwork], float]  # parameters, bytes, FLOPs, milliseconds: whatever a budget is written in
-AttentionUnit = Literal["grid", "groups", "none"]
+AttentionUnit = Literal["grid", "groups", "whole", "none"]
 
 
 @dataclass(frozen=True)
@@ -234,12 +234,12 @@ def space_of(
 
 
 def _heads(groups: int, per_group: int, unit: AttentionUnit) -> list[Heads]:
-    if unit == "none":
+    if unit in ("whole", "none"):
         return [(groups, per_group)]
     if unit == "groups":
         return [(g, per_group) for g in range(groups, 0, -1)]
     if unit != "grid":
-        raise UserError(f"attention {unit!r} is unknown; choose grid, groups or none")
+        raise UserError(f"attention {unit!r} is unknown; choose grid, groups, whole or none")
     grid = [(g, q) for g in range(1, groups + 1) for q in range(1, per_group + 1)]
     return sorted(grid, key=lambda h: (h[0] * h[1], h[0]), reverse=True)
 

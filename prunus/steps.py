@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prunus import calibration, checkpoint, costs, importance, latency, levels, moments, sensitivity
+from prunus import calibration, checkpoint, costs, importance, levels, moments, runtimes, sensitivity
 from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.families import Family, dims, full
@@ -24,7 +24,7 @@ from prunus.objective import Divergence, no_weights
 from prunus.progress import Progress
 from prunus.run import Run
 from prunus.slicing import sort
-from prunus.space import SearchSpace, space_of
+from prunus.space import AttentionUnit, SearchSpace, space_of
 from prunus.stream import LayerStream
 from prunus.subnetwork import SubNetwork
 from prunus.targets import TIMES, UNITS, Target
@@ -102,8 +102,7 @@ class Session:
     @property
     def request(self) -> Request:
         """What is timed."""
-        budget = self.config.budget
-        return Request(budget.prompt, budget.batch, budget.generate)
+        return runtimes.request_of(self.config.budget)
 
     @property
     def context(self) -> int:
@@ -262,7 +261,10 @@ def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str,
         s.stream, _windows(ids), no_weights if published else database, kind="ppl" if published else c.objective,
         windows=RUNGS, holdout=_windows(holdout), seed=s.config.seed,
     )  # fmt: skip
-    space = space_of(s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth)
+    space = space_of(  # a uniform one comes later: its order of layers is read off these curves
+        s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth,
+        attention="grid" if s.config.uniform else c.attention,
+    )  # fmt: skip
 
     def anchors() -> list[dict[str, Any]]:
         kl = Divergence(s.stream, objective.pool, database, windows=RUNGS, seed=s.config.seed + 1)
@@ -286,7 +288,7 @@ def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str,
 def _space(s: Session, layer_order: Sequence[int]) -> SearchSpace:
     """The space that is searched: per layer; or uniform, with the layers in the given order of importance."""
     c, uniform = s.config.search, s.config.uniform
-    heads: Literal["grid", "none"] = "none" if uniform and not s.family.stock_heads else "grid"
+    heads: AttentionUnit = "none" if uniform and not s.family.stock_heads else c.attention
     return space_of(
         s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth, attention=heads,
         uniform=uniform, layer_order=layer_order if uniform else None,
@@ -316,6 +318,7 @@ def check_request(s: Session) -> None:
     )
     space = _space(s, list(range(len(s.stream))))
     if s.config.constraint in TIMES:
+        runtimes.check(s.model, s.family, s.config.budget, space)
         s.timetable = _timetable(s)
     for target in s.config.targets:
         if target.kind == "keep":
@@ -334,7 +337,7 @@ def _timetable(s: Session) -> Timetable:
         return Timetable.from_json(path.read_text(encoding="utf-8"))
 
     def compute() -> Timetable:
-        return latency.measure(s.model, s.family, s.request, progress=s.progress)
+        return runtimes.measure(s.model, s.family, s.config.budget, progress=s.progress)
 
     return s.run.do("search", "latency.json", compute, save=save, load=load)
 

@@ -57,21 +57,14 @@ SUITES: Mapping[str, tuple[Asked, ...]] = MappingProxyType(
         ),
     }
 )
-NORMED = (
-    "hellaswag",
-    "arc_challenge",
-    "arc_easy",
-    "openbookqa",
-    "mathqa",
-    "sciq",
-)  # acc_norm where nothing else is said
+PREFERRED = ("acc_norm", "acc", "exact_match,strict-match", "exact_match")  # where a task has several
 
 
 def asked_for(names: Sequence[str], shots: int | None = None) -> tuple[Asked, ...]:
     """Tasks by name, suites ("paper", "shen7") by their tasks; shots: instead of what they say."""
     found: dict[str, Asked] = {}
     for name in names:
-        one = SUITES.get(name) or (Asked(name, 0, "acc_norm" if name in NORMED else ""),)
+        one = SUITES.get(name) or (Asked(name, 0, ""),)
         found |= {a.task: Asked(a.task, a.shots if shots is None else shots, a.metric) for a in one}
     if not found:
         raise UserError(f"no tasks were named; give tasks of lm-eval, or one of {', '.join(SUITES)}")
@@ -102,15 +95,15 @@ def evaluate_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError("tasks need the package lm-eval; install it with pip install 'prunus[eval]'") from error
-    if path is not None and not any(Path(path).glob("**/*.yaml")):
-        raise UserError(f"{str(path)!r} holds no task files (.yaml); give a folder of lm-eval tasks with --tasks-path")
+    if path is not None and not Path(path).is_dir():
+        raise UserError(f"{str(path)!r} is no folder; give one of lm-eval task files with --tasks-path")
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     manager = TaskManager(include_path=str(path) if path else None, include_defaults=path is None)
     known = set(manager.all_tasks)
     if unknown := [a.task for a in asked if a.task not in known]:
-        where = f"in {str(path)!r}" if path else "in lm-eval"
-        raise UserError(f"there is no task {', '.join(unknown)} {where}; known are {_some(known)}")
+        where = f" in {str(path)!r}" if path else ""
+        raise UserError(f"lm-eval knows no task {unknown[0]!r}{where}; known are {_some(known)}")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     found: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(a.shots for a in asked):
@@ -125,6 +118,17 @@ def evaluate_tasks(
         "mean": sum(values) / len(values),
         "mean_se": math.sqrt(sum(e * e for e in errors)) / len(errors) if None not in errors else None,
         "limit": limit,
+    }
+
+
+def task_scores(
+    model: Any, tokenizer: Any, tasks: Sequence[str], *, path: str | None = None, limit: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Zero-shot scores by task: {"score", "metric", "se", "n"}, for tables of many networks."""
+    found = evaluate_tasks(model, tokenizer, asked_for(tasks), path=path, limit=limit)["tasks"]
+    return {
+        row["task"]: {"score": row["value"], "metric": row["metric"].partition(",")[0], "se": row["se"], "n": row["n"]}
+        for row in found
     }
 
 
@@ -153,7 +157,8 @@ def _evaluated(
 def _figure(raw: Mapping[str, Any], one: Asked) -> dict[str, Any]:
     """The figure of one task and its standard error."""
     row: Mapping[str, Any] = raw["results"][one.task]
-    names = [one.metric] if "," in one.metric else [f"{m},none" for m in (one.metric, "acc", "exact_match") if m]
+    wanted = [m for m in (one.metric, *PREFERRED) if m]
+    names = [m if "," in m else f"{m},none" for m in wanted]
     names += [key for key, value in row.items() if isinstance(value, float) and "stderr" not in key]
     key = next(name for name in names if name in row)
     metric, _, how = key.partition(",")
@@ -176,4 +181,4 @@ def _some(names: set[str], n: int = 12) -> str:
     return ", ".join(listed[:n]) + (f" and {len(listed) - n} more" if len(listed) > n else "")
 
 
-__all__ = ["SUITES", "Asked", "asked_for", "evaluate_tasks"]
+__all__ = ["SUITES", "Asked", "asked_for", "evaluate_tasks", "task_scores"]

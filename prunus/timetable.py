@@ -94,7 +94,7 @@ class Timetable:
     prefill: Times
     decode: Times  # one step; the mean position of the request's steps
     spread: float  # half the distance of the quartiles of a whole forward's times, relative; unrest of the machine
-    check: float  # relative error for the dense model, measured in turns with the probes: the larger of both phases
+    check: float  # relative error for a network that it was not made from (PyTorch: the dense one), the larger phase's
 
     @cached_property
     def _known(self) -> dict[tuple[Phase, LayerShape], float]:

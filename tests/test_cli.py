@@ -221,7 +221,7 @@ def test_progress_outside_a_terminal_is_a_line_for_each_piece(capsys: pytest.Cap
         (["compress", "demo", "--out", "r", "--config", "absent.yaml"], "no configuration file 'absent.yaml'"),
         (["compress", "--out", "r"], "no model was named"),
         (["evaluate", "demo"], "give --text FILE"),
-        (["latency", "demo", "--runtime", "llama.cpp"], "tables of llama.cpp are not there yet"),
+        (["latency", "demo", "--runtime", "vllm"], "budget.runtime is one of torch, llama.cpp"),
         (["compress", "demo", "--out", "r", "--speedup", "2", "--keep", "0.7"], "a run has one kind of target"),
         (["evaluate", "demo", "--text", "absent.txt"], "no text file 'absent.txt'"),
         (["search", "absent", "--generations", "-1"], "search.generations lies in [0, inf)"),

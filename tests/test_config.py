@@ -94,15 +94,15 @@ def test_keep_takes_every_spelling(given: Any, kept: tuple[float, ...]) -> None:
         ({"serch__generations": 3}, r"did you mean 'search.generations'\?"),
         ({"search__mlp-step": 3}, r"did you mean 'search.mlp_step'\?"),
         ({"kep": 0.5}, r"did you mean 'keep'\?"),
-        ({"zzzzzz": 0.5}, r"known are model, keep, "),
+        ({"zzzzzz": 0.5}, r"known are model, method, keep, "),
         ({"budget__speedup": 0.9}, r"budget.speedup lies in \(1, inf\); given 0.9"),
         ({"budget__speedup": [1.5, 1.5]}, r"each target counts once, given budget.speedup 1.5 1.5"),
         ({"budget__latency_ms": 0}, r"budget.latency_ms lies in \(0, inf\)"),
         ({"budget__speedup": 2, "budget__memory_mb": 9}, r"one kind of target, given speedup and memory_mb"),
         ({"budget__speedup": 2, "keep": 0.7}, r"one kind of target, given keep 0.7 and budget.speedup"),
         ({"budget__memory_mb": 9, "search__constraint": "flops"}, r"leave search.constraint out, given flops"),
-        ({"budget__runtime": "llama.cpp"}, r"tables of llama.cpp are not there yet"),
-        ({"budget__runtime": "onnx"}, r"budget.runtime is one of torch; given 'onnx'"),
+        ({"budget__runtime": "onnx"}, r"budget.runtime is one of torch, llama.cpp; given 'onnx'"),
+        ({"budget__quant": "q2_k"}, r"budget.quant is one of f32, f16, q8_0, q4_0; given 'q2_k'"),
     ],
 )
 def test_what_is_wrong_is_said_with_the_rule(flat: dict[str, Any], sentence: str) -> None:

@@ -13,15 +13,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunus import loading
+from prunus import llamacpp, loading
 from prunus.config import KEEP, CompressConfig, resolve
 from prunus.errors import UserError
+from prunus.export import export
 from prunus.latency import Lap, Laps
 from prunus.picking import pick
 from prunus.pipeline import compress, step
@@ -182,6 +184,39 @@ def test_decoding_speed_and_memory_are_targets(counted: Path, tmp_path: Path) ->
     assert found["memory_bytes"] == found["n_bytes"] + cache
     result = compress(budget(tokens_per_second=150), tmp_path / "rate")
     assert 150 <= result["chosen"][0]["predicted_tps"] < 152
+
+
+def test_speed_in_llama_cpp_is_a_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are really written; what they take is their size, so that the law can be checked."""
+    monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(llamacpp, "installed", lambda: "0")
+
+    def by_size(paths: Sequence[Path], request: Request, *, rounds: int, threads: int) -> Any:
+        row = np.array([path.stat().st_size / 1e4 for path in paths])
+        return np.tile(row, (rounds, 1)), np.tile(row / 10, (rounds, 1))
+
+    monkeypatch.setattr(llamacpp, "timed", by_size)
+    asked = budget(speedup="1.4", runtime="llama.cpp", quant="f16", prompt=64, batch=1, generate=8)
+    result = compress(asked, tmp_path / "run")
+    (found,) = result["chosen"]
+    assert 1.4 <= found["predicted_speedup"] < 1.41
+    assert found["measured_speedup"] == pytest.approx(found["predicted_speedup"], rel=0.03)  # headers have a size too
+    table = json.loads((tmp_path / "run" / "latency.json").read_text())
+    assert table["key"]["runtime"] == "llama.cpp" and table["key"]["dtype"] == "f16"
+    assert table["check"] < 0.03
+    assert compress(asked, tmp_path / "run")["chosen"] == result["chosen"]
+
+
+def test_a_search_that_keeps_to_what_vllm_can_hold(tmp_path: Path) -> None:
+    result = compress(config(search__attention="whole", keep=(0.7, 0.5)), tmp_path / "run")
+    for found in result["chosen"]:
+        assert {(kv, q) for kv, q, _ in map(shape_of, found["layers"])} <= {(4, 2), (0, 0)}
+        done = export(str(tmp_path / "run" / "models" / found["name"]), format="vllm")
+        assert done["architecture"] == "DeciLMForCausalLM"
+
+
+def shape_of(layer: Any) -> tuple[int, int, int]:
+    return (layer["kv_heads"], layer["q_per_kv"], layer["mlp"]) if isinstance(layer, dict) else tuple(layer)  # type: ignore[return-value]
 
 
 def test_a_share_may_be_picked_from_a_run_with_a_budget(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from tiny import CONFIGS, tiny, tokens
@@ -9,7 +11,7 @@ from tiny import CONFIGS, tiny, tokens
 from prunus.families import dims, family_of, full
 from prunus.objective import Divergence
 from prunus.sequential import Judge, SequentialSettings, readers_of, refit_all
-from prunus.slicing import activate
+from prunus.slicing import Override, activate
 from prunus.stream import LayerStream
 from prunus.subnetwork import LayerShape, SubNetwork
 
@@ -85,18 +87,46 @@ def test_candidates_travel_together_as_they_would_alone() -> None:
     assert all(torch.equal(together[1][key], alone[key]) for key in alone)
 
 
-def test_a_refused_layer_keeps_its_weights() -> None:
-    model, ids = tiny("llama"), tokens(8, 17)
-    stream = LayerStream(model, family_of(model.config))
-    asked: list[tuple[int, int]] = []
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_a_layer_takes_the_weights_that_were_chosen(name: str) -> None:
+    model, ids = tiny(name), tokens(8, 17)
+    stream, sub = LayerStream(model, family_of(model.config)), narrow(model.config)
+    offered: list[Sequence[Override]] = []
 
-    def accept(c: int, i: int, before: object, after: object) -> bool:
-        asked.append((c, i))
-        return i != 0
+    def accept(c: int, i: int, choice: Sequence[Override]) -> int:
+        offered.append(choice)
+        return (2, 1, 0, 0)[i]
 
-    (weights,) = refit_all(stream, ids, [(narrow(model.config), {})], SequentialSettings(), accept=accept)
-    assert asked == [(0, i) for i in range(4)]
-    assert {i for i, _ in weights} == {1, 2, 3}
+    (weights,) = refit_all(stream, ids, [(sub, {})], SequentialSettings(), accept=accept)
+    assert {i for i, _ in weights} == {1, 2, 3}  # layer 0 keeps what it had: nothing of its own
+    with activate(model, stream.family, sub):
+        plain = {
+            (i, name): getattr(stream.layers[i].get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]).clone()
+            for i, name in weights
+        }
+    for key, taken in weights.items():
+        whole = offered[key[0]][0][key]
+        wanted = (plain[key] + whole) / 2 if key[0] == 1 else whole
+        assert torch.allclose(taken, wanted, atol=1e-6)
+    assert not torch.allclose(
+        weights[1, stream.family.mlp_writer + ".weight"], offered[1][0][1, stream.family.mlp_writer + ".weight"]
+    )
+
+
+def test_the_stream_is_float32_and_rounds_what_matrices_see() -> None:
+    for name in CONFIGS:
+        model, ids = tiny(name).to(torch.bfloat16), tokens(2, 9)
+        stream = LayerStream(model, family_of(model.config))
+        with torch.no_grad():
+            rounded = stream.run_from(0, stream.embed(ids))
+            with stream.carrying_float32():
+                exact = stream.run_from(0, stream.embed(ids))
+            again = stream.run_from(0, stream.embed(ids))
+            reference = LayerStream(tiny(name).to(torch.bfloat16).float(), family_of(model.config))
+            truth = reference.run_from(0, reference.embed(ids))
+        assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16, name
+        assert torch.equal(rounded, again), name
+        assert float((exact - truth).norm()) < float((rounded.float() - truth).norm()), name
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
@@ -108,7 +138,7 @@ def test_a_judged_pass_does_not_raise_the_held_out_divergence(name: str) -> None
     start = judge.nats[0]
     (weights,) = refit_all(stream, ids, [(sub, {})], SequentialSettings(damping=1e-3), accept=judge)
     assert judge.nats[0] <= start
-    assert 0 < judge.refused[0] < 4 or judge.nats[0] < start  # random weights: some layers only fit the noise
+    assert 0 < judge.taken[0][2] < 4 or judge.nats[0] < start  # random weights: some layers only fit the noise
     with torch.no_grad(), activate(model, family, sub, weights):
         logits = stream.logits(stream.run_from(0, stream.embed(held)))
     with torch.no_grad():

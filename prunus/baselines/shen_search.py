@@ -1,0 +1,90 @@
+"""Floor 3: Shen et al. 2024 (arXiv:2409.17372) from beginning to end: importance, evolution, then ADMM.
+
+`prunus.shen` has the evolution with its published probabilities. It stands on the importance of eq. 1-3, judges the
+perplexity of networks that are not reformed on a fixed sample of the calibration text, and the winner's writers are
+reformed by 30 iterations of ADMM (eq. 7-9, mended as docs/search.md says). Only the budget is not theirs: about
+`search_tokens` forward tokens for a network, with populations in the published shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from prunus import costs, importance, levels, moments, shen
+from prunus.baselines.subject import Outcome, Subject
+from prunus.families import dims
+from prunus.objective import Divergence
+from prunus.slicing import extract, sort
+from prunus.space import SearchSpace, space_of
+from prunus.stream import LayerStream
+
+GENERATIONS = 5  # the rest of the budget goes into the population
+SLACK = 0.005  # how far below the budget a network may stay
+
+
+def compress(subject: Subject, keep: float, *, iterations: int = 30) -> Outcome:
+    """The best network that the evolution finds, reformed."""
+    orders = sorted_by(subject)
+    folder = subject.once("grams", lambda: grams(subject))
+    model = subject.copy()
+    sort(model, subject.family, orders)
+    space = space_for(subject)
+    judge = Divergence(LayerStream(model, subject.family), subject.judged()[:1], kind="ppl", windows=(1,), stride=1)
+    n = evaluations(subject)
+    settings = shen.ShenSettings.sized(max(10, n // GENERATIONS), max(1, min(GENERATIONS, n // 10)))
+    with subject.progress("evolution of Shen et al.", settings.generations) as advance:
+        found = shen.shen(
+            space, judge, lambda sub: costs.parameters(subject.layout, sub),
+            space.window(lambda sub: costs.parameters(subject.layout, sub), keep, of=subject.blocks, slack=SLACK),
+            target=keep, seed=subject.seed, settings=settings, progress=lambda _: advance(1),
+        )  # fmt: skip
+    subject.count(judge.forward_tokens)
+    database = levels.Levels(
+        model, subject.family, folder, orders=orders, method="admm" if iterations else "none", iterations=iterations
+    )
+    sub = found.subnetwork
+    note = f"{found.n_evaluations} candidates, {found.generations} generations of {settings.population}"
+    return Outcome(extract(model, subject.family, sub, database(sub)), sub, (note,))
+
+
+def evaluations(subject: Subject) -> int:
+    """Candidates that the budget pays for, each judged on one window."""
+    return max(10, subject.search_tokens // int(subject.judged().shape[1]))
+
+
+def space_for(subject: Subject) -> SearchSpace:
+    """Per-layer widths, MLPs in steps of a 48th."""
+    return space_of(subject.model.config, mlp_step=max(1, dims(subject.model.config)["mlp"] // 48))
+
+
+def sorted_by(subject: Subject) -> Mapping[str, Tensor]:
+    """Orders of all units by the importance of eq. 1-3, most important first."""
+
+    def compute() -> dict[str, Tensor]:
+        n = len(subject.stream)
+        with subject.progress("importance (OBS)", n * subject.ids.numel()) as advance:
+            found = importance.score(
+                subject.model, subject.family, subject.ids, "obs", micro=subject.micro, advance=advance
+            )
+        subject.count(subject.ids.numel())
+        return {unit: order for unit, order in found.order().items() if unit != "hidden"}
+
+    return subject.once("obs", compute)
+
+
+def grams(subject: Subject) -> Path:
+    """Gram matrices of the writers' inputs in the dense model, on disk."""
+    folder = subject.folder() / "grams"
+    folder.mkdir(exist_ok=True)
+
+    def use(i: int, found: moments.Grams) -> None:
+        levels.save_grams(found, folder, i)
+
+    n = len(subject.stream)
+    with subject.progress("second moments", n * subject.ids.numel()) as advance:
+        moments.collect(subject.stream, subject.ids, use, micro=subject.micro, advance=advance)
+    subject.count(subject.ids.numel())
+    return folder

@@ -1,0 +1,232 @@
+"""Floor 3: what a rival method is given and what it gives back, and the rules that all of them share."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from prunus import costs
+from prunus.errors import UserError
+from prunus.families import Family, family_of, full
+from prunus.machine import Meter, reset_peak
+from prunus.progress import Progress, silent
+from prunus.stream import LayerStream
+from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The finished network of a method."""
+
+    model: nn.Module  # ready to be measured and saved; never the subject's own
+    sub: SubNetwork  # its shape, counted in the dense model's units
+    notes: tuple[str, ...] = ()  # what a reader of its figures must know
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a computation took. A backward pass counts as two forwards."""
+
+    seconds: float = 0.0
+    forward_tokens: int = 0
+    peak_bytes: int = 0
+    peak_cuda_bytes: int = 0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(
+            self.seconds + other.seconds,
+            self.forward_tokens + other.forward_tokens,
+            max(self.peak_bytes, other.peak_bytes),
+            max(self.peak_cuda_bytes, other.peak_cuda_bytes),
+        )
+
+
+@dataclass
+class Subject:
+    """A dense model and calibration windows (n, length), for any number of methods and shares.
+
+    What several of them need is computed once and remembered; `spent` charges it to each of them in full, as if it had
+    been run alone. Methods leave the model as it is.
+    """
+
+    model: Any
+    ids: Tensor
+    seed: int = 0
+    search_tokens: int = 100_000  # that a search may forward for one network
+    window: int = 1024  # tokens in the windows that greedy methods and searches judge by
+    gradient_windows: int = 10  # that gradients are taken from
+    micro: int = 4  # windows that run together
+    progress: Progress = silent
+    family: Family = field(init=False)
+    layout: costs.Layout = field(init=False)
+    whole: SubNetwork = field(init=False)
+    stream: LayerStream = field(init=False)
+    _memo: dict[Hashable, tuple[Any, Spent]] = field(default_factory=dict)
+    _used: dict[Hashable, Spent] = field(default_factory=dict)
+    _tokens: list[int] = field(default_factory=lambda: [0])
+    _folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.family = family_of(self.model.config)
+        self.layout = costs.layout(self.model, self.family)
+        self.whole = full(self.model.config)
+        self.stream = LayerStream(self.model, self.family)
+
+    @property
+    def device(self) -> torch.device:
+        return self.stream.device
+
+    @property
+    def blocks(self) -> int:
+        """Parameters in the decoder blocks of the dense model."""
+        return costs.parameters(self.layout, self.whole)
+
+    def budget(self, keep: float) -> int:
+        """Parameters that the blocks of a network may have."""
+        return int(keep * self.blocks + 1e-6)
+
+    def judged(self) -> Tensor:
+        """The calibration tokens in windows of at most `window`, as many as fit."""
+        length = min(self.window, self.ids.shape[1])
+        per_row = self.ids.shape[1] // length
+        return self.ids[:, : per_row * length].reshape(-1, length)
+
+    def copy(self) -> Any:
+        """The dense model once more, to be changed."""
+        return copy.deepcopy(self.model)
+
+    def folder(self) -> Path:
+        """A directory that lives as long as the subject."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="prunus-")
+        return Path(self._folder.name)
+
+    def count(self, tokens: float) -> None:
+        """Add forward tokens to what is being computed."""
+        self._tokens[-1] += round(tokens)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """The value of a computation that several methods or shares need; its cost is charged to each of them."""
+        if key not in self._memo:
+            self._tokens.append(0)
+            value, spent = measured(compute)
+            spent += Spent(forward_tokens=self._tokens.pop())
+            self._memo[key] = value, spent
+            self._used[key] = replace(spent, seconds=0.0, forward_tokens=0)  # these are in the method's own already
+            self.count(spent.forward_tokens)
+        value, spent = self._memo[key]
+        self._used.setdefault(key, spent)
+        return value
+
+    def run(self, compute: Callable[[], T]) -> tuple[T, Spent]:
+        """A value and what it took, with what was remembered from earlier computations."""
+        self._used, self._tokens = {}, [0]
+        value, spent = measured(compute)
+        spent += Spent(forward_tokens=self._tokens[0])
+        for one in self._used.values():
+            spent += one
+        return value, spent
+
+
+def measured(compute: Callable[[], T]) -> tuple[T, Spent]:
+    """A value, with seconds and peak memory."""
+    reset_peak()
+    meter, start = Meter(), time.monotonic()
+    value = compute()
+    meter.see()
+    return value, Spent(time.monotonic() - start, 0, meter.peak_bytes, meter.peak_cuda_bytes)
+
+
+# ------------------------------------------------------------------------------------------------------------ widths
+
+
+def members(subject: Subject, groups: Sequence[Tensor], neurons: Sequence[Tensor]) -> SubNetwork:
+    """The sub-network that keeps the named KV groups and neurons of every layer (indices, in any order)."""
+    per_group = subject.whole.layers[0].q_per_kv
+    shapes, kept = [], []
+    for g, n in zip(groups, neurons, strict=True):
+        shapes.append(LayerShape(len(g), per_group if len(g) else 0, len(n)))
+        kept.append(LayerKept(kv_heads=_ascending(g), mlp=_ascending(n)))
+    return SubNetwork(subject.whole.hidden, tuple(shapes), tuple(kept))
+
+
+def _ascending(index: Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in index.sort().values)
+
+
+def even_widths(subject: Subject, keep: float, layers: Sequence[int] | None = None) -> tuple[int, int]:
+    """KV groups and neurons of every pruned layer, for methods that cut all layers alike; others stay whole.
+
+    int((1 - share) groups) groups leave, as the released codes round heads, and the MLPs fill the budget up exactly.
+    layers: those that are pruned (default: all), so that their share is smaller than `keep`.
+    Raises UserError where the MLPs cannot give as much as is asked.
+    """
+    whole, n = subject.whole, len(subject.whole.layers)
+    cut = set(range(n) if layers is None else layers)
+    share = 1 - (1 - keep) * n / len(cut)
+    most = whole.layers[0]
+    groups = max(1, most.kv_heads - int((1 - share) * most.kv_heads + 1e-9))
+
+    def cost(width: int) -> int:
+        shape = LayerShape(groups, most.q_per_kv, width)
+        shapes = (shape if i in cut else most for i in range(n))
+        return costs.parameters(subject.layout, SubNetwork(whole.hidden, tuple(shapes)))
+
+    fitting = largest(lambda width: cost(width) <= subject.budget(keep), most.mlp)
+    if fitting is None:
+        raise UserError(
+            f"cannot keep {keep:g}: with {len(cut)} of {n} layers pruned and {groups} of {most.kv_heads} KV groups "
+            "left in each, no MLP is small enough; keep more"
+        )
+    return groups, fitting
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int | None:
+    """The largest number in 1..most that fits, where all smaller ones fit too; None if there is none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low or None
+
+
+def best(scores: Tensor, n: int) -> Tensor:
+    """Indices of the n highest scores (n,); of equal ones the first."""
+    return scores.argsort(descending=True, stable=True)[:n]
+
+
+# ------------------------------------------------------------------------------------------------------------- depth
+
+
+def droppable(subject: Subject) -> list[int]:
+    """Layers that a network may lack: all but the first, whose attention caches take their sizes from."""
+    return list(range(1, len(subject.whole.layers)))
+
+
+def without(subject: Subject, layers: Sequence[int]) -> SubNetwork:
+    """The network without whole layers."""
+    gone = LayerShape(0, 0, 0)
+    whole = subject.whole
+    return SubNetwork(whole.hidden, tuple(gone if i in layers else s for i, s in enumerate(whole.layers)))
+
+
+def leavers(subject: Subject, keep: float) -> int:
+    """How many whole layers must leave (all have the same size); raises UserError where the first would."""
+    n = len(subject.whole.layers)
+    for gone in range(n):
+        if costs.parameters(subject.layout, without(subject, range(n - gone, n))) <= subject.budget(keep):
+            return gone
+    raise UserError(f"cannot keep {keep:g} in whole layers: 1 of {n} always stays, which is {1 / n:.3g}; keep more")
+
+
+FIRST_STAYS = "layer 0 is never dropped: caches take their sizes from its attention"

@@ -1,0 +1,119 @@
+"""Floor 6: the flags of all verbs, made from the settings of `config.py`: names, help and checks stand there, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from prunus.config import settings
+from prunus.errors import UserError
+from prunus.setting import Setting
+from prunus.targets import LIMITS
+
+MANY = ("--keep", *(f"--{kind.replace('_', '-')}" for kind in LIMITS))  # flags that take several values after one
+WORDS = ("--methods", "--lengths", "--tasks")  # the same, with words: all up to the next flag
+COMMON = ("device", "dtype", "seed")
+
+
+class Verb(click.Command):
+    """A sub-command whose help groups its flags, and where `--keep 0.9 0.8` gives two values."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, spread(args))
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "Command"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+class Flag(click.Option):
+    """The flag of one setting. Its text is checked by the setting itself."""
+
+    def __init__(self, setting: Setting, name: str | None = None, group: str | None = None) -> None:
+        self.key = setting.key
+        section = setting.key.rpartition(".")[0]
+        self.group = group or (section.capitalize() if section else "Model and outcome")
+        flag = f"--{name or setting.flag}"
+        default = "" if setting.default in (None, ()) or name else f"  [default: {setting.shown}]"
+        is_switch = setting.plain is bool
+        super().__init__(
+            [f"{flag}/--no-{flag[2:]}" if is_switch else flag, setting.key.replace(".", "__")],
+            default=None,
+            multiple=flag in MANY,
+            metavar=None if is_switch else _metavar(setting),
+            help=setting.help + default,
+        )
+
+
+def _metavar(setting: Setting) -> str:
+    if setting.choices:
+        return "|".join(setting.choices)
+    kind = {int: "N", float: "X", str: "TEXT"}.get(setting.plain, "X ...")
+    return "FILE" if setting.key == "test_text" else kind
+
+
+def spread(args: Sequence[str]) -> list[str]:
+    """`--keep 0.9 0.8 X` as `--keep 0.9 --keep 0.8 X`: what follows such a flag are its values."""
+    out: list[str] = []
+    flag = ""  # the flag whose values may follow
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        if name in (*MANY, *WORDS):
+            flag = name
+            out += [flag, value] if equals else [flag]
+        elif flag and (_is_numbers(arg) if flag in MANY else not arg.startswith("-")):
+            out += [arg] if out[-1] == flag else [flag, arg]
+        else:
+            flag = ""
+            out.append(arg)
+    return out
+
+
+def _is_numbers(text: str) -> bool:
+    try:
+        return bool([float(part) for part in text.split(",") if part])
+    except ValueError:
+        return False
+
+
+def flags(*keys: str, names: Mapping[str, str] | None = None) -> Callable[[click.Command], click.Command]:
+    """Adds the flags of some settings, and those that every command has, to a command."""
+
+    def add(command: click.Command) -> click.Command:
+        for key in dict.fromkeys((*keys, *COMMON)):
+            command.params.append(Flag(settings()[key], (names or {}).get(key)))
+        command.params += [
+            click.Option(["--config"], metavar="FILE", help="YAML file of settings; flags win over it"),
+            click.Option(["--set"], metavar="KEY=VALUE", multiple=True, help="any setting by its name in the file"),
+            click.Option(["--json"], metavar="FILE", help="also write the result as JSON; - for stdout"),
+            click.Option(["--quiet"], is_flag=True, help="no progress, no tables"),
+        ]
+        return command
+
+    return add
+
+
+def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among a command's parameters, by dotted key, those of --set included."""
+    asked = {
+        key: (" ".join(value) if isinstance(value, tuple) else value)
+        for key in settings()
+        if (value := parameters.get(key.replace(".", "__"))) not in (None, ())
+    }
+    for item in parameters.get("set") or ():
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"--set takes KEY=VALUE, as in --set search.mlp_step=64; given {item!r}")
+        asked[key.strip()] = value.strip()
+    return asked
+
+
+__all__ = ["COMMON", "MANY", "WORDS", "Flag", "Verb", "flags", "given", "spread"]

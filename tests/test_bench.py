@@ -1,0 +1,280 @@
+"""The bench on a really trained tiny model: rows, resuming, refusals; and one rival as a run of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
+
+from prunus import bench, benchpages, cli, rivals, tasks
+from prunus.baselines import magnitude
+from prunus.baselines.table import OURS, TABLE
+from prunus.bench import Plan, chosen, read_lengths, run, slug
+from prunus.config import CompressConfig, resolve
+from prunus.errors import UserError
+from prunus.pipeline import compress
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+MODEL = SHARED / "models" / "stories260k-hf"
+STORIES = SHARED / "tinystories" / "tinystories_part.txt"
+needs_model = pytest.mark.skipif(
+    not MODEL.is_dir(), reason="needs the tiny trained model of the data beside the project"
+)
+QUICK = {
+    "calibration.samples": 8,
+    "calibration.length": 64,
+    "calibration.holdout": 4,
+    "search.mlp_step": 16,
+    "search.offspring": 2,
+    "rival.search_tokens": 640,
+}
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[str, str]:
+    """Calibration text and another one to be scored on."""
+    whole = STORIES.read_text(encoding="utf-8")
+    paths = tmp_path / "calibration.txt", tmp_path / "stories.txt"
+    paths[0].write_text(whole[:60_000], encoding="utf-8")
+    paths[1].write_text(whole[-30_000:], encoding="utf-8")
+    return str(paths[0]), str(paths[1])
+
+
+def config(source: str, **changes: Any) -> CompressConfig:
+    given = {"model": str(MODEL), "calibration.source": source, **QUICK}
+    return resolve(None, {**given, **{key.replace("__", "."): value for key, value in changes.items()}})
+
+
+def plan(files: tuple[str, str], *methods: str, **changes: Any) -> Plan:
+    given: dict[str, Any] = dict(
+        methods=methods,
+        keeps=(0.8, 0.5),
+        calibrations=(files[0],),
+        texts=(files[1],),
+        lengths=((64, 4), (32, 2)),
+        speed=False,
+    )
+    return Plan(**{**given, **changes})
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+
+
+@needs_model
+def test_a_finished_row_is_not_computed_again(
+    texts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[float] = []
+    own = magnitude.compress
+
+    def counted(subject: Any, keep: float) -> Any:
+        made.append(keep)
+        if keep == 0.5 and len(made) == 2:
+            raise KeyboardInterrupt
+        return own(subject, keep)
+
+    monkeypatch.setattr(magnitude, "compress", counted)
+    asked = plan(texts, "magnitude")
+    with pytest.raises(KeyboardInterrupt):
+        run(config(texts[0]), asked, tmp_path / "out")
+    first = json.loads((tmp_path / "out" / "rows" / "calibration.txt" / "magnitude-0.8.json").read_text())
+    found = run(config(texts[0]), asked, tmp_path / "out")
+    assert made == [0.8, 0.5, 0.5]
+    again = run(config(texts[0]), asked, tmp_path / "out")
+    assert len(made) == 3
+    assert again["rows"] == found["rows"]
+    assert found["rows"][1] == first
+    more = run(config(texts[0]), plan(texts, "shortgpt", keeps=(0.8,)), tmp_path / "out")
+    assert len(made) == 3
+    assert [(r["method"], r["kept"]) for r in more["rows"]] == [
+        ("dense", 1.0), ("magnitude", 0.8), ("magnitude", 0.5), ("shortgpt", 0.8),
+    ]  # fmt: skip
+    assert "--methods magnitude shortgpt --keep 0.8 0.5" in more["command"]
+
+
+@needs_model
+def test_rows_say_what_they_cost_and_how_to_make_them(texts: tuple[str, str], tmp_path: Path) -> None:
+    found = run(config(texts[0]), plan(texts, "flap", "mask-wanda-2:4", speed=True, keeps=(0.8,)), tmp_path / "out")
+    dense, flap, refused = found["rows"]
+    assert dense["ppl64"] == dense["perplexity"]["stories.txt"]["64"]["ppl"]
+    assert flap["ppl64"] > dense["ppl64"]
+    assert 0.79 < flap["kept_blocks"] <= 0.8 < flap["kept_all"] < 1
+    assert flap["forward_tokens"] == 8 * 64
+    assert flap["seconds"] > 0 and flap["peak_mb"] > 10
+    assert flap["prefill_speedup"] > 0 and flap["speed"]["small"]["decode"] > 0
+    assert "--methods flap --keep 0.8 --calibration calibration.txt --text stories.txt" in flap["command"]
+    assert "--samples 8 --length 64 --seed 0" in flap["command"]
+    assert str(tmp_path) not in json.dumps(found["rows"])
+    assert "keeps 0.5 of every matrix" in refused["refused"]
+    for key in ("machine", "versions", "threads", "device"):
+        assert flap[key] == found[key]
+    page = (tmp_path / "out" / "bench.md").read_text()
+    assert f"| flap | **{flap['ppl64']:.2f}** |" in page
+    assert "refused, because" in page
+    assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == found["rows"]
+
+
+@needs_model
+def test_ours_is_a_run_beside_the_rows_and_beats_plain_slicing(texts: tuple[str, str], tmp_path: Path) -> None:
+    found = run(config(texts[0]), plan(texts, OURS, "magnitude", keeps=(0.6,)), tmp_path / "out")
+    rows = {r["method"]: r for r in found["rows"]}
+    assert (tmp_path / "out" / "prunus" / "calibration.txt" / "report.md").is_file()
+    assert rows[OURS]["ppl64"] < rows["magnitude"]["ppl64"]
+    assert rows[OURS]["forward_tokens"] > 8 * 64
+    assert 0.59 < rows[OURS]["kept_blocks"] <= 0.6
+
+
+@needs_model
+def test_two_calibrations_and_two_texts(texts: tuple[str, str], tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text(Path(texts[1]).read_text()[:15_000])
+    second = tmp_path / "second.txt"
+    second.write_text(Path(texts[0]).read_text()[::-1])
+    both = {"calibrations": (texts[0], str(second)), "texts": (texts[1], str(other))}
+    asked = plan(texts, "wanda-sp-dense", keeps=(0.6,), **both)
+    found = run(config(texts[0]), asked, tmp_path / "out")
+    rows = found["rows"][1:]
+    assert [r["calibration"] for r in rows] == ["calibration.txt", "second.txt"]
+    assert rows[0]["ppl64"] != rows[1]["ppl64"]  # text backwards is no help
+    assert set(rows[0]["perplexity"]) == {"stories.txt", "other.txt"}
+    assert rows[0]["ppl64_other"] == rows[0]["perplexity"]["other.txt"]["64"]["ppl"]
+    assert {"ppl64-calibration.txt", "ppl64_other-second.txt", "cost"} <= set(found["views"])
+
+
+def test_what_a_bench_cannot_be_asked(texts: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'flap'"):
+        plan(texts, "flop")
+    with pytest.raises(UserError, match="no text file"):
+        plan(texts, "flap", texts=("nowhere.txt",))
+    with pytest.raises(UserError, match="test text and calibration text at once"):
+        plan(texts, "flap", calibrations=(texts[1],))
+    with pytest.raises(UserError, match="at least one"):
+        plan(texts, "flap", texts=())
+
+
+@needs_model
+def test_another_protocol_needs_another_directory(texts: tuple[str, str], tmp_path: Path) -> None:
+    run(config(texts[0]), plan(texts, "magnitude", keeps=(0.8,)), tmp_path / "out")
+    with pytest.raises(UserError, match=r"bench\.lengths"):
+        run(config(texts[0]), plan(texts, "magnitude", lengths=((128, 2),)), tmp_path / "out")
+    with pytest.raises(UserError, match=r"calibration\.samples"):
+        run(config(texts[0], calibration__samples=9), plan(texts, "magnitude"), tmp_path / "out")
+
+
+def test_words() -> None:
+    assert read_lengths(("2048:5", "128")) == ((2048, 5), (128, 80))
+    for bad in ("x", "0:3", "128:0", "1", "2.5"):
+        with pytest.raises(UserError, match="TOKENS:WINDOWS"):
+            read_lengths((bad,))
+    assert chosen(("flap", "all"))[:2] == ("flap", OURS)
+    assert set(chosen(("all",))) == {OURS, *TABLE}
+    assert not any(name.startswith("mask") for name in chosen(("structured",)))
+    assert slug("mask-wanda-2:4") == "mask-wanda-2-4"
+
+
+def test_tables_do_not_let_masks_compete() -> None:
+    rows: list[dict[str, Any]] = [{"method": "dense", "kept": 1.0, "ppl64": 4.0}]
+    rows += [
+        {"method": m, "kept": 0.5, "ppl64": p, "calibration": "c", "done": True, "structured": s}
+        for m, p, s in (("flap", 9.0, True), ("mask-wanda", 5.0, False))
+    ]
+    found = benchpages.views(rows)
+    assert found["ppl64-c"]["where"] == {"calibration": "c", "done": True, "structured": True}
+    assert found["ppl64-c-masks"]["where"]["structured"] is False
+    assert "neither smaller nor faster" in found["ppl64-c-masks"]["note"]
+
+
+def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(UserError, match="knows no task 'no_such'"):
+        tasks.task_scores(torch.nn.Identity(), None, ["no_such"], path=str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------ one rival alone
+
+
+@needs_model
+@pytest.mark.parametrize("method", ["flap", "slicegpt"])
+def test_a_rival_as_a_run(method: str, texts: tuple[str, str], tmp_path: Path) -> None:
+    asked = config(texts[0], method=method, keep=(0.8, 0.6), test_text=texts[1], test_length=64)
+    data = compress(asked, tmp_path / "run")
+    assert [n["name"] for n in data["chosen"]] == ["keep-0.8", "keep-0.6"]
+    for network in data["chosen"]:
+        path = tmp_path / "run" / network["path"]
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+        assert sum(p.numel() for p in model.parameters()) == network["parameters"]
+        assert json.loads((path / "prunus.json").read_text())["method"] == method
+        assert method in (path / "README.md").read_text()
+        assert network["kl_nats"] > 0
+    assert data["chosen"][0]["kl_nats"] < data["chosen"][1]["kl_nats"]
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert f"Method: **{method}**" in page
+    assert TABLE[method].paper in page
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "models").rglob("*.safetensors")}
+    assert compress(asked, tmp_path / "run")["chosen"] == data["chosen"]
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "models").rglob("*.safetensors")}
+
+
+def test_what_a_rival_cannot_be_asked() -> None:
+    for changes, words in (
+        ({"keep_of": "all"}, "shares of the decoder blocks"),
+        ({"budget__speedup": (1.5,)}, "shares of the decoder blocks"),
+        ({"uniform": True}, "--uniform is for our own search"),
+        ({"method": "flip"}, "did you mean 'flap'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            rivals.check(config("generated", **{"method": "flap", **changes}))
+    with pytest.raises(UserError, match="has no error curves"):
+        rivals.refuse_step(config("generated", method="flap"), "pick")
+    rivals.refuse_step(config("generated"), "pick")
+    with pytest.raises(UserError, match="cannot serve gpt2"):
+        rivals.refuse(TABLE["slicegpt"], "gpt2", (0.8,))
+
+
+# ------------------------------------------------------------------------------------------------------------ the door
+
+
+def prunus_(*args: str) -> Any:
+    return CliRunner().invoke(cli.app, list(args), prog_name="prunus")
+
+
+def test_the_list_needs_no_model() -> None:
+    done = prunus_("bench", "--list")
+    assert done.exit_code == 0, done.output
+    for name in (OURS, *TABLE):
+        assert f"\n{name} " in done.output
+
+
+def test_words_after_a_flag_reach_the_bench(
+    texts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def fake(config: CompressConfig, plan: Plan, out: str, progress: Callable[..., Any]) -> dict[str, Any]:
+        seen.append((config, plan, out))
+        return {"rows": [{"method": "dense", "kept": 1.0, "ppl64": 4.0}], "report": "bench.md"}
+
+    monkeypatch.setattr(bench, "run", fake)
+    done = prunus_(
+        "bench", "demo", "--methods", "flap", "slicegpt", "--keep", ".9", "0.5", "--text", texts[1],
+        "--calibration", texts[0], "--calibration", "generated",
+        "--lengths", "64:4", "32", "--samples", "5", "--out", str(tmp_path / "o"),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    asked, what, out = seen[0]
+    assert (asked.model, asked.calibration.samples, out) == ("demo", 5, str(tmp_path / "o"))
+    assert what.methods == ("flap", "slicegpt")
+    assert what.keeps == (0.9, 0.5)
+    assert what.calibrations == (texts[0], "generated")
+    assert what.lengths == ((64, 4), (32, 320))
+    refused = prunus_("bench", "demo", "--methods", "flop", "--text", texts[1], "--out", "o")
+    assert refused.exit_code == 2
+    assert "did you mean 'flap'" in refused.output
+    assert prunus_("bench", "demo", "--text", texts[1]).exit_code == 2
