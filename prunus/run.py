@@ -126,7 +126,9 @@ class Run:
         """Refuse what differs; take over what may differ."""
         self.refuse_other(source, "choose another --out")
         new = _plain(config)
-        old_values, new_values = {**defaults(), **flatten(self.config)}, flatten(new)  # older runs lack newer settings
+        old_values, new_values = flatten(self.config), flatten(new)
+        newer = {key: value for key, value in defaults().items() if key in new_values}  # than the run's version
+        old_values = {**newer, **old_values}
         differing = [key for key in difference(old_values, new_values) if key != "model"]  # the model's path may change
         refused = [
             key
