@@ -73,7 +73,7 @@ def measure(s: Session, p: Prepared, name: str, sub: SubNetwork, weights: Overri
 def figures(s: Session, p: Prepared, name: str, sub: SubNetwork, weights: Override) -> dict[str, Any]:
     """What `measure` records: sizes, held-out divergence, perplexity, a sample, speed. Computed, not recorded."""
     found: dict[str, Any] = {**network(s, name, sub)}
-    values = holdout_nats(s, p, sub, weights)
+    values = s.nats.get(name) or holdout_nats(s, p, sub, weights)
     found["kl_nats"] = statistics.fmean(values)
     found["kl_se"] = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     small = extract(s.model, s.family, sub, weights, uniform=True if s.config.uniform else None)

@@ -15,7 +15,7 @@ from prunus.slicing import Override, extract
 from prunus.steps import MICRO, Prepared, Session, openings
 from prunus.subnetwork import SubNetwork
 
-JUDGED = 4  # held-out windows that decide whether a layer keeps its refitted weights
+JUDGED, SHORT = 4, 512  # held-out windows, and their tokens, that decide whether a layer keeps its refitted weights
 
 
 def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]) -> dict[str, Override]:
@@ -59,11 +59,12 @@ def _refit_missing(
 
         pairs = [(sub, one_shot[name]) for name, sub in chosen.items()]
         assert p.objective.holdout is not None
-        judge = sequential.Judge(s.stream, p.objective.holdout[:JUDGED], pairs)
+        judge = sequential.Judge(s.stream, p.objective.holdout[:JUDGED, :SHORT], pairs)
         refitted = sequential.refit_all(s.stream, ids, pairs, settings, openings=first, accept=judge, advance=step)
     kept = {}
     for (name, sub), new, taken in zip(chosen.items(), refitted, judge.taken, strict=True):
-        before, after = (fmean(holdout_nats(s, p, sub, w)) for w in (one_shot[name], new))
+        at_first, at_last = (holdout_nats(s, p, sub, w) for w in (one_shot[name], new))
+        before, after = fmean(at_first), fmean(at_last)
         figures = {
             "one_shot_nats": before,
             "sequential_nats": after,
@@ -71,7 +72,7 @@ def _refit_missing(
             "layers_refused": taken[2],
         }
         s.run.note(f"sequential/{name}", figures)
-        kept[name] = named(new if after < before else one_shot[name])
+        kept[name], s.nats[name] = (named(new), at_last) if after < before else (named(one_shot[name]), at_first)
     return kept
 
 

@@ -207,7 +207,7 @@ def _weights(
         drift=r.drift, damping=r.sequential_damping, reader_damping=r.readers, reader_stride=1, micro=MICRO
     )
     assert p.objective.holdout is not None
-    judge = sequential.Judge(s.stream, p.objective.holdout[: finishing.JUDGED], [(sub, start)])
+    judge = sequential.Judge(s.stream, p.objective.holdout[: finishing.JUDGED, : finishing.SHORT], [(sub, start)])
     first = steps.openings(s, ids)
     (new,) = sequential.refit_all(
         s.stream, ids, [(sub, start)], settings, openings=first, accept=judge, advance=advance

@@ -99,10 +99,10 @@ def refit_all(
             truth = _dense_layer(stream, i, dense, settings.reader_stride)
             for c, traveller in enumerate(travellers):
                 _refit_layer(stream, i, c, traveller, truth, settings, accept)
+                give_back()
                 if advance:
                     advance(ids.numel())
             dense = truth.after
-            give_back()
     return [t.weights for t in travellers]
 
 
@@ -395,7 +395,7 @@ class Judge:
         self.subs = [sub for sub, _ in candidates]
         self.taken: list[Counter[int]] = [Counter() for _ in candidates]
         with torch.no_grad():
-            self.reference = self._logits(stream.run_from(0, stream.embed(windows)))
+            self.dense = stream.run_from(0, stream.embed(windows))[:, stride - 1 :: stride].clone()
             self.states, self.nats = [], []
             for sub, override in candidates:
                 with activate(stream.model, stream.family, sub, override):
@@ -415,11 +415,11 @@ class Judge:
                 return k
         raise ValueError("there were no weights to choose from")
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.stream.logits(hidden[:, self.stride - 1 :: self.stride])
-
     def _nats(self, hidden: Tensor) -> float:
-        return float(kl_from_logits(self.reference, self._logits(hidden)).mean())
+        ours = hidden[:, self.stride - 1 :: self.stride]
+        pairs = zip(self.dense, ours, strict=True)  # window by window: logits are large
+        nats = [kl_from_logits(self.stream.logits(p), self.stream.logits(q)).mean() for p, q in pairs]
+        return float(torch.stack(nats).mean())
 
 
 def _input_only(stream: LayerStream, i: int, path: str, hidden: Tensor) -> Tensor:
@@ -458,7 +458,7 @@ class _Moments:
         x, y = inputs.flatten(0, -2), wanted.flatten(0, -2)
         if self.bias is not None:
             y = y - self.bias
-        x, y = x * scale.to(x.dtype), y * scale
+        x, y = x * scale.to(x.dtype), (y * scale).to(x.dtype)  # rounded as an output of the matrix would be
         if self.bias is not None:
             self.inputs += (x * scale).sum(0, dtype=torch.float32)
             self.outputs += (y * scale).sum(0, dtype=torch.float32)

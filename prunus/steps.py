@@ -52,6 +52,7 @@ class Session:
     whole: SubNetwork = field(init=False)
     timetable: Timetable | None = None  # of this device, where the targets are times
     is_sorted: bool = False
+    nats: dict[str, list[float]] = field(default_factory=dict)  # held-out KL of networks refitted in this session
     tier: Literal["", "-trained"] = ""  # "-trained" once the weights are those of the trained super-network
 
     def __post_init__(self) -> None:
