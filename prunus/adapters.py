@@ -6,6 +6,7 @@ W' = W[o, i] + scale B[o, :] A[:, i] (Hu et al. 2022, arXiv:2106.09685; elastic:
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, Literal
 
 import torch
@@ -25,31 +26,41 @@ def attach(
     alpha: float | None = None,
     dropout: float = 0.0,
     adapted: Adapted = "linear",
+    seed: int = 0,
 ) -> Any:
     """Put LoRA adapters into the model (**in place**) and freeze everything else; returns the model.
 
     alpha: B A is scaled by alpha / rank; twice the rank by default. adapted: "linear" takes every matrix of the decoder
-    layers, "attention" or "mlp" those of one kind, "all" adds token embedding and output matrix.
+    layers, "attention" or "mlp" those of one kind, "all" adds token embedding and output matrix. seed: of their first
+    weights; other random numbers are left as they are.
     Raises UserError where peft is missing, and for "all" where embedding and output matrix are one tensor: an update of
     one of them could not be merged without changing the other.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError("LoRA needs the package peft; install it with pip install 'prunus[train]'") from error
-    names = _names(model, family, adapted)
+    names = check(model, family, adapted)
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha or 2 * rank,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=names,
     )
-    inject_adapter_in_model(config, model)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:  # master weights of what is trained; the frozen ones stay as they are
             parameter.data = parameter.data.float()
     return model
+
+
+def check(model: Any, family: Family, adapted: Adapted) -> list[str]:
+    """The names of the matrices that would get adapters; raises UserError as `attach` does."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("LoRA needs the package peft; install it with pip install 'prunus[train]'")
+    return _names(model, family, adapted)
 
 
 def _names(model: Any, family: Family, adapted: Adapted) -> list[str]:
@@ -89,4 +100,4 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-__all__ = ["Adapted", "adapted_modules", "attach", "merge"]
+__all__ = ["Adapted", "adapted_modules", "attach", "check", "merge"]

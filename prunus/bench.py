@@ -60,8 +60,11 @@ class Plan:
         for text in self.texts:
             if not Path(text).is_file():
                 raise UserError(f"no text file {text!r}; give --text FILE")
-            if text in self.calibrations:
+            if Path(text).resolve() in {Path(source).resolve() for source in self.calibrations}:
                 raise UserError(f"{text!r} is test text and calibration text at once; figures on it would mean nothing")
+        for files in (self.texts, self.calibrations):
+            if twins := {name for name in map(_short, files) if [*map(_short, files)].count(name) > 1}:
+                raise UserError(f"rows name files without their directories: give {', '.join(twins)} another name")
 
 
 def chosen(asked: Sequence[str]) -> tuple[str, ...]:
@@ -183,6 +186,9 @@ def command(config: CompressConfig, plan: Plan, out: Path, **only: Any) -> str:
         config.dtype,
     ]
     typed += ["--tasks", *plan.tasks] if plan.tasks else []
+    typed += ["--task-path", _short(plan.task_path)] if plan.task_path else []
+    typed += ["--task-limit", str(plan.task_limit)] if plan.task_limit is not None else []
+    typed += [] if plan.speed else ["--no-speed"]
     return shlex.join([*typed, "--out", _short(str(out))])
 
 
@@ -294,20 +300,27 @@ class _Source:
                 return {**own, "done": False, "refused": refusal}
 
         def compute() -> dict[str, Any]:
-            try:
-                with b.progress(f"{method}, {100 * keep:g} %, {self.name}"):
-                    found = self.ours(keep) if method == OURS else self.rival(method, keep)
-            except UserError as error:  # a share that a method cannot reach: the others go on
-                return {**own, "done": False, "refused": str(error), **b.where()}
-            return {**own, "done": True, **found, "peak_mb": found["peak_bytes"] / 1e6, **b.where()}
+            with b.progress(f"{method}, {100 * keep:g} %, {self.name}"):
+                found = self.ours(keep) if method == OURS else self.rival(method, keep)
+            if found["done"]:
+                found["peak_mb"] = found["peak_bytes"] / 1e6
+            return {**own, **found, **b.where()}
 
-        return b.kept(f"rows/{self.name}/{slug(method)}-{keep:g}.json", compute)
+        try:
+            return b.kept(f"rows/{self.name}/{slug(method)}-{keep:g}.json", compute)
+        except UserError as error:
+            if method != OURS:
+                raise
+            return {**own, "done": False, "refused": str(error)}  # not kept: its reason may pass, a full disk say
 
     def rival(self, method: str, keep: float) -> dict[str, Any]:
-        baseline = find(method)
-        outcome, spent = self.subject.run(lambda: baseline.run(self.subject, keep))
+        baseline, subject = find(method), self.subject
+        try:
+            outcome, spent = subject.run(lambda: baseline.run(subject, keep))
+        except UserError as error:  # a share that a method cannot reach: the others go on
+            return {"done": False, "refused": str(error)}
         found = _described(outcome, spent, self.bench.model)
-        return {**found, "structured": baseline.structured, **self.bench.measured(outcome.model)}
+        return {"done": True, **found, "structured": baseline.structured, **self.bench.measured(outcome.model)}
 
     def ours(self, keep: float) -> dict[str, Any]:
         """From a run of `compress` beside the rows, which makes the networks of all shares together."""
@@ -329,7 +342,7 @@ class _Source:
         layers = SubNetwork.from_json(_manifest_subnetwork(folder / network["path"]))
         note = f"one run for {len(keeps)} shares: its cost is that of all of them"
         found = _described(Outcome(small.model, layers, (note,)), spent, b.model)
-        return {**found, "structured": True, **b.measured(small.model)}
+        return {"done": True, **found, "structured": True, **b.measured(small.model)}
 
 
 def _manifest_subnetwork(path: Path) -> str:

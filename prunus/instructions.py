@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prunus.calibration import _read, encode, file_text, needs_bos
 from prunus.errors import UserError
+from prunus.learning import TrainConfig
 
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
 ALPACA = ("instruction", "output")
@@ -55,11 +56,22 @@ class Windows:
         if n < 1:
             raise UserError(
                 f"the training data has {len(self)} windows, and {holdout} are to be held out; give more data, shorter "
-                "windows (--length) or hold out fewer"
+                "windows (--window) or hold out fewer"
             )
         return Windows(self.ids[:n], self.labels[:n], self.truncated, self.skipped), Windows(
             self.ids[n:], self.labels[n:]
         )
+
+
+def windows_of(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None, seed: int
+) -> tuple[Windows, Windows | None]:
+    """The windows that a configuration names, and those of them that are held out; raises UserError as below."""
+    windows = training_windows(
+        str(config.data), tokenizer, length=config.length, seed=seed, packing=config.packing, column=config.column,
+        positions=positions,
+    )  # fmt: skip
+    return windows.split(config.holdout) if config.holdout else (windows, None)
 
 
 def training_windows(
@@ -83,7 +95,7 @@ def training_windows(
     path = Path(path)
     if length < 2 or (positions is not None and length > positions):
         limit = "" if positions is None else f" and at most the model's {positions} positions"
-        raise UserError(f"a training window has at least 2 tokens{limit}; given --length {length}")
+        raise UserError(f"a training window has at least 2 tokens{limit}; given --window {length}")
     _refuse_test(path, allow_test)
     rows = list(read_rows(path, column)) if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else None
     if rows is None:
@@ -230,6 +242,8 @@ def _padded(
     encoded: Sequence[tuple[Tensor, Tensor]], tokenizer: PreTrainedTokenizerBase, length: int, skipped: int
 ) -> Windows:
     fill = next(int(t) for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
+    if needs_bos(tokenizer):
+        encoded = [_after_bos(own, mask, int(tokenizer.bos_token_id)) for own, mask in encoded]
     ids = torch.full((len(encoded), length), fill)
     labels = torch.full((len(encoded), length), IGNORED)
     truncated = 0
@@ -241,6 +255,13 @@ def _padded(
     labels[:, 0] = IGNORED
     kept = (labels != IGNORED).any(1)
     return Windows(ids[kept], labels[kept], truncated, skipped + int((~kept).sum()))
+
+
+def _after_bos(ids: Tensor, learnt: Tensor, bos: int) -> tuple[Tensor, Tensor]:
+    """The same with BOS in front, where the chat template has put none there."""
+    if int(ids[0]) == bos:
+        return ids, learnt
+    return torch.cat([torch.tensor([bos]), ids]), torch.cat([torch.tensor([False]), learnt])
 
 
 def tokens_of(row: list[dict[str, str]] | str, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
@@ -308,4 +329,4 @@ def _plain(messages: Sequence[dict[str, str]]) -> list[Piece]:
     return pieces
 
 
-__all__ = ["IGNORED", "Windows", "read_rows", "tokens_of", "training_windows"]
+__all__ = ["IGNORED", "Windows", "read_rows", "tokens_of", "training_windows", "windows_of"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from prunus.errors import UserError
 from prunus.setting import ANYWHERE, Section, setting
 
 
@@ -77,3 +78,10 @@ class TrainConfig(Section):
     eval_every: int = setting(0, "steps between two looks at the held-out windows; 0: none", step=ANYWHERE, low=0)
     log_every: int = setting(10, "steps between two lines of the log", step=ANYWHERE, low=1)
     report_to: str = setting("none", "where Trainer logs to: tensorboard, wandb, mlflow, ... or none", step=ANYWHERE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.ce and not self.kd:
+            raise UserError(
+                "train.ce and train.kd are both 0, so a network with a teacher would learn nothing; give --ce or --kd"
+            )

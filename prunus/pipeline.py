@@ -51,6 +51,8 @@ def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> d
         family = family_of(loaded.model.config)
         s = Session(run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
         steps.check_request(s)
+        if config.train.data:
+            supernet.check(s)
         ids, holdout = steps.calibrate(s)
         orders = steps.score(s, ids)
         if last == "score":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from prunus import adapters, checkpoint, loading, machine
 from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.families import family_of
-from prunus.instructions import Windows, training_windows
+from prunus.instructions import windows_of
 from prunus.loading import Loaded
 from prunus.progress import Progress, silent
 from prunus.teaching import Teacher
@@ -34,14 +35,15 @@ def recover(
         raise UserError("no training data were named; give --train FILE (.jsonl rows or text)")
     checkpoint.refuse_foreign(target.absolute())
     student = _load(config, config.model)
-    windows, holdout = _windows(config, student)
+    positions = getattr(student.model.config, "max_position_embeddings", None)
+    windows, holdout = windows_of(c, student.tokenizer, positions, config.seed)
     dense = _load(config, teacher) if teacher else None
     if dense is not None:
         _refuse_unlike(student, dense)
     family, dtype = family_of(student.model.config), next(student.model.parameters()).dtype
     if c.rank:
         adapters.attach(
-            student.model, family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt
+            student.model, family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt, seed=config.seed
         )  # fmt: skip
     else:
         student.model.float()
@@ -63,20 +65,18 @@ def recover(
     return {**found, "checkpoint": str(target)}
 
 
+def own_device(device: str) -> str:
+    """Of the CUDA devices that several processes share ("cuda"), this process's own."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
+
+
 def _load(config: CompressConfig, model: str) -> Loaded:
     return loading.load(
-        model, revision=config.revision if model == config.model else None, dtype=config.dtype, device=config.device,
+        model, revision=config.revision if model == config.model else None, dtype=config.dtype,
+        device=own_device(config.device),
         trust_remote_code=config.trust_remote_code, compress=False,
     )  # fmt: skip
-
-
-def _windows(config: CompressConfig, student: Loaded) -> tuple[Windows, Windows | None]:
-    c = config.train
-    windows = training_windows(
-        str(c.data), student.tokenizer, length=c.length, seed=config.seed, packing=c.packing, column=c.column,
-        positions=getattr(student.model.config, "max_position_embeddings", None),
-    )  # fmt: skip
-    return windows.split(c.holdout) if c.holdout else (windows, None)
 
 
 def _refuse_unlike(student: Loaded, teacher: Loaded) -> None:

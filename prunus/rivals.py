@@ -36,6 +36,8 @@ def check(config: CompressConfig) -> Baseline:
             f"{config.method} goes by shares of the decoder blocks' parameters; give --keep, without --keep-of all, "
             "other constraints or budgets (both shares are in the report)"
         )
+    if config.train.data:
+        raise UserError(f"{config.method} is not trained; leave --train out, and give the checkpoint to prunus recover")
     if config.uniform:
         raise UserError(f"--uniform is for our own search; {config.method} keeps what it keeps, so leave it out")
     return baseline

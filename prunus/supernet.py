@@ -23,16 +23,40 @@ from prunus.errors import UserError
 from prunus.evaluation import perplexity
 from prunus.families import dims, full
 from prunus.grids import Space, cuts_hidden, grid_of
-from prunus.instructions import training_windows
+from prunus.instructions import Windows, windows_of
 from prunus.objective import Divergence
 from prunus.slicing import activate, sort
 from prunus.steps import Session, measure_moments, sort_model
 from prunus.subnetwork import SubNetwork
 from prunus.teaching import Teacher
-from prunus.training import Job, arguments, fit, trainer_steps
+from prunus.training import Job, arguments, check_installed, fit, trainer_steps
 
 WATCHED = (1.0, 0.5, 0.0)  # how far up its pool the networks stand that are watched while training
 log = logging.getLogger(__name__)
+
+
+def check(s: Session) -> None:
+    """Raise UserError for what the training cannot do, before any long work; nothing where it is done already."""
+    c = s.config.train
+    if s.run.done("supernet"):
+        return
+    if not c.sort:
+        raise UserError(
+            "train.sort is false, but a run reads its widths as prefixes of the sorted super-network; the unsorted "
+            "samplers are for comparison: benchmarks/train.py"
+        )
+    text = s.config.test_text
+    if text and Path(text).resolve() == Path(str(c.data)).resolve():
+        raise UserError(f"{text!r} is test text and training text at once; figures on it would mean nothing")
+    check_installed()
+    if c.rank:
+        adapters.check(s.model, s.family, c.adapt)
+    _windows(s)
+
+
+def _windows(s: Session) -> tuple[Windows, Windows | None]:
+    positions = getattr(s.model.config, "max_position_embeddings", None)
+    return windows_of(s.config.train, s.tokenizer, positions, s.config.seed)
 
 
 def train(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -81,20 +105,13 @@ def _clear_states(s: Session) -> None:
         remove(path)
 
 
-def space_of_run(s: Session, layer_order: list[int] | None = None) -> Space:
+def space_of_run(s: Session) -> Space:
     """The space that the training draws from."""
-    return grid_of(
-        s.model.config, s.config.train.space, layer_order=layer_order, mlp_step=s.config.search.mlp_step
-    )  # fmt: skip
+    return grid_of(s.model.config, s.config.train.space, mlp_step=s.config.search.mlp_step)
 
 
 def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor], space: Space) -> None:
     """Most important members first; hidden channels too where sub-networks may drop some."""
-    if not s.config.train.sort:
-        raise UserError(
-            "train.sort is false, but a run reads its widths as prefixes of the sorted super-network; the unsorted "
-            "samplers are for comparison: benchmarks/train.py"
-        )
     sort_model(s, orders)
     if cuts_hidden(space):
 
@@ -109,11 +126,7 @@ def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor], space: Space) -> N
 
 def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> nn.Module:
     c, dtype = s.config.train, next(s.model.parameters()).dtype
-    windows = training_windows(
-        str(c.data), s.tokenizer, length=c.length, seed=s.config.seed, packing=c.packing, column=c.column,
-        positions=getattr(s.model.config, "max_position_embeddings", None),
-    )  # fmt: skip
-    windows, holdout = windows.split(c.holdout) if c.holdout else (windows, None)
+    windows, holdout = _windows(s)
     pool = _pool(s, ids, orders, space)
     folder = s.run.grow("train", "training")
     folder.mkdir(exist_ok=True)
@@ -122,18 +135,21 @@ def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) 
         dense = copy.deepcopy(s.model)
         teacher = Teacher(dense, folder, windows.ids, f"{s.run.source.get('sha256')}")
     if c.rank:
-        adapters.attach(s.model, s.family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt)
+        adapters.attach(
+            s.model, s.family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt, seed=s.config.seed
+        )
     else:
         s.model.float()
+    draw = draws.draw_of(space, pool, c.strategy, c.drawn)
     job = Job(
         s.model, s.family, windows, c, folder, seed=s.config.seed, teacher=teacher, holdout=holdout,
-        draw=draws.draw_of(space, pool, c.strategy, c.drawn), watched=_watched(s, space, pool),
+        draw=draw, watched=_watched(s, space, pool),
         belongs_to={"model": s.run.source.get("sha256"), "pool": [space.key(), *(n.key() for n in pool.networks)]},
     )  # fmt: skip
     with s.progress("training", trainer_steps(job, arguments(job))) as advance:
         job.advance = advance
         fitted = fit(job)
-    s.run.count_tokens(fitted.tokens * 3 * (1 + c.drawn))
+    s.run.count_tokens(fitted.tokens * 3 * len(draw(random.Random(0))))  # a backward counts as two forwards
     adapters.merge(s.model)
     s.model.to(dtype)
     s.run.note(
@@ -202,13 +218,21 @@ def _score(s: Session, ids: Tensor, orders: Mapping[str, Tensor]) -> draws.Score
     if sampler == "calibrated-ppl":
 
         def ppl(sub: SubNetwork) -> float:
+            s.run.count_tokens(windows.numel())
             with activate(s.model, s.family, sub):
                 return perplexity(s.model, windows.flatten(), length=windows.shape[1], bos=False).nats
 
         return ppl
     database = sort_model(s, orders)
     kl = Divergence(s.stream, windows, database, windows=(len(windows),), seed=s.config.seed)
-    return lambda sub: sum(kl.measure([sub], range(len(windows)))[0])
+
+    def nats(sub: SubNetwork) -> float:
+        kl.forward_tokens = 0.0
+        found = sum(kl.measure([sub], range(len(windows)))[0])
+        s.run.count_tokens(round(kl.forward_tokens))
+        return found
+
+    return nats
 
 
 def _watched(s: Session, space: Space, pool: draws.Pool) -> dict[str, SubNetwork | None]:
@@ -230,4 +254,4 @@ It is an ordinary checkpoint of the full size.
 """
 
 
-__all__ = ["space_of_run", "train"]
+__all__ = ["check", "space_of_run", "train"]

@@ -33,7 +33,7 @@ class Teacher:
         size = width * (ids.numel() if ids is not None else 0)
         if folder is not None and ids is not None and size * dtype.itemsize <= LIMIT:
             folder.mkdir(parents=True, exist_ok=True)
-            own = f"teacher-{token_hash(ids)[:12]}-{name[:12]}-{dtype.itemsize}"
+            own = f"teacher-{token_hash(ids)[:12]}-{name[:12]}-{str(dtype).rpartition('.')[2]}"
             self.states = _mapped(folder / f"{own}.states", size, dtype).view(*ids.shape, width)
             self.known = _mapped(folder / f"{own}.known", len(ids), torch.uint8)
 

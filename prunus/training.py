@@ -9,9 +9,11 @@ What Trainer does, it does: accumulation, clipping, schedule, mixed precision, l
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from prunus.artefact import write_text
 from prunus.errors import UserError
 from prunus.families import Family
 from prunus.heads import Head, head_of, summed_loss
@@ -35,6 +38,7 @@ from prunus.teaching import Teacher
 Draw = Callable[[random.Random], Sequence[SubNetwork | None]]  # the sub-networks of one step; None: the model as it is
 STATE = "trainable.safetensors"
 RECORD = "training.json"
+SPENT = "seconds.txt"  # of a state: what it took to come there
 LOG = "log.jsonl"
 LOOKS = ("report_to", "log_every", "eval_every")  # settings that change nothing in what is trained
 
@@ -56,7 +60,7 @@ class Fitted:
 
     history: list[dict[str, float]]  # what was logged: loss, learning rate, figures of the watched sub-networks
     steps: int
-    tokens: int  # tokens of all steps together, each counted once however many passes saw it
+    tokens: int  # tokens of all steps together, each counted once however many passes saw it; padding counts
     seconds: float
 
 
@@ -128,6 +132,12 @@ class SandwichTrainer(Trainer):
         self.network, self.family, self.draw = network, family, draw
         self.watched, self.teacher, self.holdout = watched, teacher, holdout
         self._micro = (-1, 0)  # the step, and the batches of it that were seen
+        self._earlier, self._start = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """What the training took so far, before it was resumed too."""
+        return self._earlier + time.monotonic() - self._start
 
     # ------------------------------------------------------------------------------------------------------ a step
 
@@ -210,9 +220,11 @@ class SandwichTrainer(Trainer):
         out = Path(str(output_dir or self.args.output_dir))
         out.mkdir(parents=True, exist_ok=True)
         save_file(trained(self.network.model), out / STATE)
+        (out / SPENT).write_text(f"{self.seconds}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.network.model, Path(resume_from_checkpoint))
+        self._earlier = _seconds_of(Path(resume_from_checkpoint))
 
     # -------------------------------------------------------------------------------------------------- its evaluation
 
@@ -332,43 +344,45 @@ def fit(job: Job) -> Fitted:
     total = trainer_steps(job, args)
     if last is not None and int(last.name.rpartition("-")[2]) >= total:
         load_trained(job.model, last)
-        history, seconds = list(json.loads((last / "trainer_state.json").read_text())["log_history"]), 0.0
+        history = list(json.loads((last / "trainer_state.json").read_text())["log_history"])
+        seconds = _seconds_of(last)
     else:
-        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
-        history, seconds = list(trainer.state.log_history), float(result.metrics["train_runtime"])
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        history, seconds = list(trainer.state.log_history), trainer.seconds
     if job.holdout is not None:
         history.append({**trainer.evaluate(), "step": total})
     if config.checkpointing:
         job.model.gradient_checkpointing_disable()
     job.model.eval()
-    return Fitted(history, total, total * step_tokens(job, args), seconds)
+    return Fitted(history, total, tokens_seen(job, args, total), seconds)
 
 
-def step_tokens(job: Job, args: TrainingArguments) -> int:
-    """Tokens of one step of all processes."""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return int(batch * job.windows.ids.shape[1])
+def tokens_seen(job: Job, args: TrainingArguments, steps: int) -> int:
+    """Tokens of so many steps of all processes; the last step of an epoch may have fewer windows than the others."""
+    n, batch = len(job.windows), args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    epochs, rest = divmod(steps, _epoch_steps(job, args))
+    return int((epochs * n + min(n, rest * batch)) * job.windows.ids.shape[1])
 
 
 def trainer_steps(job: Job, args: TrainingArguments) -> int:
     """Steps of the whole training, as Trainer counts them."""
     if args.max_steps > 0:
         return args.max_steps
+    return int(-(-args.num_train_epochs * _epoch_steps(job, args) // 1))
+
+
+def _epoch_steps(job: Job, args: TrainingArguments) -> int:
     batches = -(-len(job.windows) // (args.per_device_train_batch_size * args.world_size))
-    per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
-    return int(-(-args.num_train_epochs * per_epoch // 1))
+    return max(1, -(-batches // args.gradient_accumulation_steps))
 
 
 def arguments(job: Job) -> TrainingArguments:
     """Trainer's settings for ours; what the launcher (torchrun, accelerate) says is read by Trainer itself."""
     c = job.config
-    try:
-        import accelerate  # noqa: F401
-    except ImportError as error:
-        raise UserError("training needs the package accelerate; install it with pip install 'prunus[train]'") from error
+    check_installed()
     device = next(job.model.parameters()).device
     full = c.rank == 0
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=str(job.out),
         per_device_train_batch_size=c.batch,
         per_device_eval_batch_size=c.batch,
@@ -400,6 +414,20 @@ def arguments(job: Job) -> TrainingArguments:
         average_tokens_across_devices=True,
         dataloader_pin_memory=device.type == "cuda",
     )
+    if device.type == "cuda" and device != args.device:
+        raise UserError(
+            f"the model is on {device}, but this process trains on {args.device}; give --device cuda, and choose among "
+            "several devices by the variable CUDA_VISIBLE_DEVICES"
+        )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # no nn.DataParallel: its copies of a model know nothing of the active sub-network
+    return args
+
+
+def check_installed() -> None:
+    """Raise UserError where the package that Trainer needs is missing."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError("training needs the package accelerate; install it with pip install 'prunus[train]'")
 
 
 class _Advance(TrainerCallback):
@@ -412,6 +440,10 @@ class _Advance(TrainerCallback):
         if state.is_world_process_zero:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step:  # a training that goes on
+            self.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.advance(1)
@@ -430,14 +462,12 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def _remember(job: Job, world: int) -> None:
     """Note what the states of this folder belong to; refuse to go on with others."""
-    note = {**job.belongs_to, "processes": world, "windows": _digest(job.windows)}
-    note |= {
-        key: value for key, value in vars(job.config).items() if key not in ("report_to", "log_every", "eval_every")
-    }
+    note = {**job.belongs_to, "processes": world, "windows": _digest(job.windows), "seed": job.seed}
+    note |= {key: value for key, value in vars(job.config).items() if key not in LOOKS}
     note = json.loads(json.dumps(note))
     path = job.out / RECORD
     if path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = {"seed": job.seed, **json.loads(path.read_text())}  # earlier versions noted none
         differs = sorted(key for key in theirs.keys() | note.keys() if theirs.get(key) != note.get(key))
         if differs and last_checkpoint(job.out):
             named = ", ".join(f"{key} ({theirs.get(key)}, now {note.get(key)})" for key in differs)
@@ -446,7 +476,12 @@ def _remember(job: Job, world: int) -> None:
             )
     job.out.mkdir(parents=True, exist_ok=True)
     if is_main():
-        path.write_text(json.dumps(note, indent=1))
+        write_text(path, json.dumps(note, indent=1))
+
+
+def _seconds_of(state: Path) -> float:
+    path = state / SPENT
+    return float(path.read_text()) if path.exists() else 0.0
 
 
 def is_main() -> bool:

@@ -155,8 +155,32 @@ def test_what_a_bench_cannot_be_asked(texts: tuple[str, str], tmp_path: Path) ->
         plan(texts, "flap", texts=("nowhere.txt",))
     with pytest.raises(UserError, match="test text and calibration text at once"):
         plan(texts, "flap", calibrations=(texts[1],))
+    with pytest.raises(UserError, match="test text and calibration text at once"):
+        plan(texts, "flap", calibrations=(str(Path(texts[1]).parent / "." / ".." / tmp_path.name / "stories.txt"),))
+    (tmp_path / "other").mkdir()
+    twin = tmp_path / "other" / "stories.txt"
+    twin.write_text("Once.")
+    with pytest.raises(UserError, match=r"give stories\.txt another name"):
+        plan(texts, "flap", texts=(texts[1], str(twin)))
     with pytest.raises(UserError, match="at least one"):
         plan(texts, "flap", texts=())
+
+
+@needs_model
+def test_a_refusal_that_may_pass_is_asked_again(
+    texts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.pipeline, "compress", full)
+        found = run(config(texts[0]), plan(texts, OURS, keeps=(0.8,)), tmp_path / "out")
+    assert found["rows"][1]["refused"] == "the disk is full"
+    asked: list[float] = []
+    monkeypatch.setattr(bench.pipeline, "compress", lambda c, *_: (asked.extend(c.keep), full())[1])
+    run(config(texts[0]), plan(texts, OURS, keeps=(0.8,)), tmp_path / "out")
+    assert asked == [0.8]
 
 
 @needs_model
@@ -227,6 +251,7 @@ def test_what_a_rival_cannot_be_asked() -> None:
         ({"keep_of": "all"}, "shares of the decoder blocks"),
         ({"budget__speedup": (1.5,)}, "shares of the decoder blocks"),
         ({"uniform": True}, "--uniform is for our own search"),
+        ({"train__data": "rows.jsonl"}, "flap is not trained"),
         ({"method": "flip"}, "did you mean 'flap'"),
     ):
         with pytest.raises(UserError, match=words):

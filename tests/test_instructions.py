@@ -106,6 +106,16 @@ def test_long_rows_are_cut_with_a_count(tokenizer: Any, tmp_path: Path, caplog: 
     assert "1 rows were longer than 16 tokens" in caplog.text
 
 
+def test_windows_begin_with_bos_where_a_model_needs_it(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    rows = [{"text": "A dog ran."}, {"text": "<bos>A cat."}, {"text": "A dog ran. " * 30}]
+    for packing in (True, False):
+        found = training_windows(write(tmp_path / "rows.jsonl", rows), tokenizer, length=16, packing=packing)
+        assert bool((found.ids[:, 0] == tokenizer.bos_token_id).all())
+        assert not bool((found.ids[:, 1] == tokenizer.bos_token_id).any()) or packing
+        assert bool((found.labels[:, 0] == IGNORED).all())
+
+
 @pytest.mark.parametrize(
     ("name", "text", "match"),
     [

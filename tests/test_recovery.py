@@ -14,7 +14,7 @@ import yaml
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from prunus import loading, supernet
+from prunus import loading, steps, supernet
 from prunus.cli import app
 from prunus.config import CompressConfig, resolve
 from prunus.errors import UserError
@@ -152,9 +152,21 @@ def test_hidden_sizes_and_layers_of_their_own_can_be_trained(space: str, tmp_pat
     assert math.isfinite(data["chosen"][0]["kl_nats"])
 
 
-def test_unsorted_training_in_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.sort is false"):
-        compress(run_config(train__sort=False), tmp_path)
+def test_what_a_run_cannot_train_is_refused_before_any_long_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "calibrate", lambda s: pytest.fail("calibrated"))
+    for number, (changes, words) in enumerate(
+        (
+            ({"train__sort": False}, r"train.sort is false"),
+            ({"train__data": str(tmp_path / "none.txt")}, "none.txt"),
+            ({"train__length": 4096}, r"at most the model's .* --window 4096"),
+            ({"train__rank": 2, "train__adapt": "all"}, "use --adapt linear"),
+            ({"test_text": str(TEXT)}, "test text and training text at once"),
+        )
+    ):
+        with pytest.raises(UserError, match=words):
+            compress(run_config(**changes), tmp_path / str(number))
 
 
 def test_the_command_trains_an_existing_run(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import random
@@ -146,15 +145,21 @@ def test_a_resumed_training_is_the_uninterrupted_one(rank: int, tmp_path: Path) 
     kept = last_checkpoint(tmp_path / "broken")
     assert kept is not None
     assert kept.name == "checkpoint-4"
+    before = float((kept / "seconds.txt").read_text())
     (tmp_path / "broken" / "checkpoint-99").mkdir()  # a state that was not written whole does not count
-    again = job(tmp_path / "broken", config=config)
+    steps: list[int] = []
+    again = job(tmp_path / "broken", config=config, advance=steps.append)
     second = fit(again)
+    assert steps == [4, 1, 1]
     assert losses(second.history) == losses(first.history)
+    assert second.seconds > before > 0
     wanted = weights(whole.model)
     for name, p in weights(again.model).items():
         assert torch.equal(p, wanted[name]), name
     third = job(tmp_path / "broken", config=config)  # nothing is left to do
-    assert fit(third).steps == 6
+    done = fit(third)
+    assert done.steps == 6
+    assert done.seconds > 0
     assert all(torch.equal(p, wanted[n]) for n, p in weights(third.model).items())
 
 
@@ -162,6 +167,8 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     fit(job(tmp_path))
     with pytest.raises(UserError, match=r"other settings: lr \(0.001, now 0.002\)"):
         fit(job(tmp_path, config=replace(CONFIG, lr=2e-3)))
+    with pytest.raises(UserError, match=r"other settings: seed \(0, now 1\)"):
+        fit(job(tmp_path, seed=1))
     with pytest.raises(UserError, match="other settings: model"):
         fit(job(tmp_path, belongs_to={"model": "b"}))
     record = json.loads((tmp_path / "training.json").read_text())
@@ -221,6 +228,32 @@ def test_adapters_of_dropped_sub_layers_get_no_gradient(tmp_path: Path) -> None:
     changed = {n for n, p in weights(one.model).items() if not torch.equal(p, before[n])}
     assert changed
     assert not any("layers.3." in n for n in changed)
+
+
+def test_tokens_are_those_of_the_windows_that_were_seen(tmp_path: Path) -> None:
+    """24 windows in steps of 10: the third step of an epoch has 4."""
+    config = replace(CONFIG, batch=5, accumulation=2, steps=None, epochs=1)
+    for epochs, steps, seen in ((1, 3, 24), (2, 6, 48), (1.5, 5, 44)):
+        fitted = fit(job(tmp_path / str(epochs), config=replace(config, epochs=epochs)))
+        assert (fitted.steps, fitted.tokens) == (steps, seen * 16)
+
+
+def test_adapters_begin_with_the_same_weights_for_the_same_seed() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(found))
+        model: Any = tiny("llama")
+        before = torch.get_rng_state()
+        adapters.attach(model, family_of(model.config), rank=2, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(next(p for name, p in model.named_parameters() if "lora_A" in name))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_losses_of_no_weight_are_refused() -> None:
+    with pytest.raises(UserError, match=r"train.ce and train.kd are both 0"):
+        replace(CONFIG, ce=0.0, kd=0.0)
 
 
 def test_embedding_adapters_are_refused_where_one_matrix_serves_both_ends() -> None:
@@ -320,6 +353,5 @@ def test_two_processes_are_one_with_twice_the_accumulation(rank: int, tmp_path: 
     assert two == pytest.approx(one, rel=1e-5)
     for name, p in w1.items():
         assert torch.allclose(p, w2[name], atol=1e-5), name
-    assert not torch.equal(
-        w1[next(n for n in w1 if "lora_B" in n or not rank)], copy.deepcopy(tiny("llama")).lm_head.weight
-    )
+    trained = next(n for n in w1 if "lora_B" in n or not rank)  # what B begins with is zero
+    assert not torch.equal(w1[trained], torch.zeros_like(w1[trained]) if rank else tiny("llama").get_parameter(trained))
