@@ -27,6 +27,7 @@ from prunus.artefact import FORMATS, fingerprint, flush, matches, place, remove,
 from prunus.config import STEPS, defaults, difference, flatten, nest, to_yaml
 from prunus.errors import UserError
 from prunus.machine import Meter, environment, reset_peak
+from prunus.targets import Target
 
 T = TypeVar("T")
 Save = Callable[[Any, Path], None]
@@ -128,14 +129,14 @@ class Run:
         new = _plain(config)
         old_values, new_values = flatten(self.config), flatten(new)
         newer = {key: value for key, value in defaults().items() if key in new_values}  # than the run's version
-        old_values = {**newer, **old_values}
+        old_values = {**newer, **old_values, **self._searched(old_values, new_values)}
         differing = [key for key in difference(old_values, new_values) if key != "model"]  # the model's path may change
         refused = [
             key
             for key in differing
             if not changes.is_free(key) and not changes.only_adds(key, old_values.get(key), new_values.get(key))
         ]
-        if refused:
+        if refused and self.manifest["artefacts"]:  # a run that has come to nothing yet may start again as it likes
             named = "; ".join(
                 f"{key}: {changes.show(old_values, key)} in the run, {changes.show(new_values, key)} now"
                 for key in refused
@@ -148,6 +149,17 @@ class Run:
         log.info("%s is there already: going on with it, %d files and folders are done", self.directory, done)
         if difference(self.config, new):
             self._take(new, first=changes.first_touched(self.steps, old_values, new_values, differing))
+
+    def _searched(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+        """The targets of before, without those that go again and were never searched: refused as out of reach, say."""
+        found: dict[str, Any] = {}
+        for key in changes.TARGETS:
+            if old.get(key) and new.get(key):
+                kind: Any = key.removeprefix("budget.")
+                made = self.manifest["artefacts"]
+                stays = [v for v in old[key] if v in new[key] or f"search/{Target(kind, v).name}.json" in made]
+                found[key] = stays or new[key]
+        return found
 
     def refuse_other(self, source: Mapping[str, Any], advice: str) -> None:
         """Raise UserError for another model than the run's; its path may differ where its checksum is the same."""

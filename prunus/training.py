@@ -373,7 +373,7 @@ def trainer_steps(job: Job, args: TrainingArguments) -> int:
 
 def _epoch_steps(job: Job, args: TrainingArguments) -> int:
     batches = -(-len(job.windows) // (args.per_device_train_batch_size * args.world_size))
-    return max(1, -(-batches // args.gradient_accumulation_steps))
+    return max(1, int(-(-batches // args.gradient_accumulation_steps)))
 
 
 def arguments(job: Job) -> TrainingArguments:

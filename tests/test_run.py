@@ -261,8 +261,21 @@ def test_where_to_compute_may_differ(tmp_path: Path) -> None:
         assert run.config["device"] == "cuda"
 
 
+def test_a_ratio_that_was_never_searched_may_go_again(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", config(keep=[0.8]), SOURCE) as run:
+        run.do("search", "search/keep-0.8.json", lambda: 8)
+    with Run.open(tmp_path / "run", config(keep=[0.8, 0.0001]), SOURCE):
+        pass  # out of reach: the command ends with an error here
+    with Run.open(tmp_path / "run", config(keep=[0.8]), SOURCE) as run:
+        assert run.do("search", "search/keep-0.8.json", never) == 8
+        assert run.config["keep"] == [0.8]
+    with pytest.raises(UserError, match="keep"):
+        Run.open(tmp_path / "run", config(keep=[0.7]), SOURCE)
+
+
 def test_more_ratios_keep_the_models_and_renew_the_report(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run", config(keep=[0.8]), SOURCE) as run:
+        run.do("search", "search/keep-0.8.json", lambda: 8)
         run.do("extract", "models/keep80.json", lambda: 80)
         run.do("report", "report.md", lambda: "one model")
     with Run.open(tmp_path / "run", config(keep=[0.8, 0.6]), SOURCE) as run:
