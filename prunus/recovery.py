@@ -17,7 +17,7 @@ from prunus.instructions import windows_of
 from prunus.loading import Loaded
 from prunus.progress import Progress, silent
 from prunus.teaching import Teacher
-from prunus.training import Fitted, Job, arguments, fit, is_main, trainer_steps
+from prunus.training import Fitted, Job, arguments, fit, identity, is_main, trainer_steps
 
 
 def recover(
@@ -26,7 +26,8 @@ def recover(
     """Train the checkpoint that `config.model` names on `config.train.data`, and write the result to `out`.
 
     teacher: the model to imitate (the one that the checkpoint came from, usually); None: cross entropy alone.
-    The states of the training lie in `<out>.training` until it is done: the same call goes on after a stop.
+    The states of the training lie in `<out>.training` until it is done: the same call goes on after a stop, and does
+    nothing once the result is there.
     Returns plain data: tokens, seconds, nats per token on held-out windows before and after. Raises UserError for what
     the user can mend, before any training.
     """
@@ -53,16 +54,31 @@ def recover(
         student.model, family, windows, c, folder, seed=config.seed, teacher=taught, holdout=holdout,
         belongs_to={"checkpoint": student.source.sha256, "teacher": dense.source.sha256 if dense else None},
     )  # fmt: skip
-    with progress("training", trainer_steps(job, arguments(job))) as advance:
+    args = arguments(job)
+    own = identity(job, args.world_size)
+    if (done := _finished(target, own)) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return {**done, "checkpoint": str(target)}
+    with progress("training", trainer_steps(job, args)) as advance:
         job.advance = advance
         fitted = fit(job)
-    found = _figures(job, fitted, config, teacher)
+    found = {**_figures(job, fitted, config, teacher), "identity": own}
     if is_main():
         adapters.merge(student.model)
         student.model.to(dtype)
         _save(student, target, found)
         shutil.rmtree(folder, ignore_errors=True)
     return {**found, "checkpoint": str(target)}
+
+
+def _finished(target: Path, own: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The figures of the same training, where it is done already; UserError where `target` holds another network."""
+    if not (target / checkpoint.MANIFEST).is_file():
+        return None
+    found: dict[str, Any] = checkpoint.verify(target).get("recovery", {})
+    if found.get("identity") == own:
+        return found
+    raise UserError(f"{str(target)!r} holds another network already; choose another --out, or delete it")
 
 
 def own_device(device: str) -> str:

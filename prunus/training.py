@@ -460,11 +460,17 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def identity(job: Job, processes: int) -> dict[str, Any]:
+    """What makes a training this one, as plain data: models, text, seed and settings."""
+    note = {**job.belongs_to, "processes": processes, "windows": _digest(job.windows), "seed": job.seed}
+    note |= {key: value for key, value in vars(job.config).items() if key not in LOOKS}
+    found: dict[str, Any] = json.loads(json.dumps(note))
+    return found
+
+
 def _remember(job: Job, world: int) -> None:
     """Note what the states of this folder belong to; refuse to go on with others."""
-    note = {**job.belongs_to, "processes": world, "windows": _digest(job.windows), "seed": job.seed}
-    note |= {key: value for key, value in vars(job.config).items() if key not in LOOKS}
-    note = json.loads(json.dumps(note))
+    note = identity(job, world)
     path = job.out / RECORD
     if path.exists():
         theirs = {"seed": job.seed, **json.loads(path.read_text())}  # earlier versions noted none

@@ -71,6 +71,11 @@ def test_a_network_recovers_and_loads_like_any_other(rank: int, small: Path, tmp
     assert manifest["recovery"]["tokens"] == 40 * 8 * 64
     assert manifest["source"]["id"] == str(MODEL)
     assert "figures" not in manifest
+    written = (tmp_path / "out" / "prunus.json").stat().st_mtime_ns
+    again = recover(config(small, train__rank=rank), str(MODEL), tmp_path / "out")
+    assert again["tokens"] == found["tokens"] and (tmp_path / "out" / "prunus.json").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="another network"):
+        recover(config(small, train__rank=rank, seed=3), str(MODEL), tmp_path / "out")
 
 
 def test_what_recover_cannot_do_is_refused_before_any_training(small: Path, tmp_path: Path) -> None:
