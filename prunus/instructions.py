@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -292,8 +293,7 @@ def _pieces(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBa
     for n, message in enumerate(messages, 1):
         if message["role"] != "assistant":
             continue
-        before = str(tokenizer.apply_chat_template(list(messages[: n - 1]), tokenize=False, add_generation_prompt=True))
-        after = str(tokenizer.apply_chat_template(list(messages[:n]), tokenize=False))
+        before, after = _written(messages, n - 1, tokenizer)
         if not before.startswith(done) or not after.startswith(before):
             return _whole_reply(messages, tokenizer)
         pieces += [(before[len(done) :], False), (after[len(before) :], True)]
@@ -304,14 +304,25 @@ def _pieces(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBa
 def _whole_reply(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """Where a template writes earlier turns anew (it drops old reasoning, say): only the last reply is learnt."""
     last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
-    before = str(tokenizer.apply_chat_template(list(messages[:last]), tokenize=False, add_generation_prompt=True))
-    after = str(tokenizer.apply_chat_template(list(messages[: last + 1]), tokenize=False))
+    before, after = _written(messages, last, tokenizer)
     if not after.startswith(before):
         raise UserError(
             "the tokenizer's chat template writes a conversation so that its last reply cannot be told from the rest; "
             "give plain text (`text`) instead"
         )
     return [(before, False), (after[len(before) :], True)]
+
+
+def _written(messages: Sequence[dict[str, str]], n: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The first n messages, ready for a reply, and the same with the next message, by the chat template."""
+    try:
+        before = tokenizer.apply_chat_template(list(messages[:n]), tokenize=False, add_generation_prompt=True)
+        return str(before), str(tokenizer.apply_chat_template(list(messages[: n + 1]), tokenize=False))
+    except TemplateError as error:
+        raise UserError(
+            f"the tokenizer's chat template cannot write a conversation of roles "
+            f"{', '.join(message['role'] for message in messages)}: {error}. Leave out or merge what it does not know"
+        ) from error
 
 
 def _plain(messages: Sequence[dict[str, str]]) -> list[Piece]:

@@ -53,6 +53,15 @@ def test_only_what_the_assistant_says_is_learnt(tokenizer: Any) -> None:
     ).replace(" ", "")
 
 
+def test_what_a_template_refuses_is_named(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="no system role"):
+        tokens_of([{"role": "system", "content": "Be kind."}, *TALK], tokenizer)
+
+
 def test_without_a_template_turns_have_headings(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     ids, learnt = tokens_of(TALK[:2], tokenizer)
