@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import eager_mask
 
 from prunus.errors import UserError
 
 GREEDY = 4  # most likely tokens after the start word
 CACHE_BYTES = {"cpu": 2**30, "cuda": 2**32}  # keys and values of one batch
+ROOM = 128  # tokens that a buffer of keys and values has room for when it is made
 MAX_BATCH = {"cpu": 64, "cuda": 256}
 
 
@@ -95,7 +97,7 @@ def _continue(
 ) -> Tensor:
     """Fill windows (batch, length) from their first tokens by the inverse of the distribution function."""
     first, length = ids.shape[1], uniform.shape[1]
-    cache, step = None, ids
+    cache, step = _cache(model), ids
     for place in range(first, length):
         out = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
@@ -159,6 +161,34 @@ def _batch(model: nn.Module, length: int, device: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------- fast decoding on a CPU
+
+
+class _Buffered(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values in buffers with room for more, so that a step writes one token instead of copying all."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append new states, (batch, groups, new, head_dim); returns all of them, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room: list[Tensor] = []
+        old = int(self.get_seq_length())
+        new = old + key_states.shape[-2]
+        if not self.room or new > self.room[0].shape[-2]:
+            size = new + ROOM
+            wider = [x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (key_states, value_states)]
+            for buffer, known in zip(wider, self.room, strict=False):
+                buffer[:, :, :old] = known[:, :, :old]
+            self.room = wider
+        for buffer, states in zip(self.room, (key_states, value_states), strict=True):
+            buffer[:, :, old:new] = states
+        self.keys, self.values = (buffer[:, :, :new] for buffer in self.room)
+        return self.keys, self.values
+
+
+def _cache(model: nn.Module) -> Cache | None:
+    """An empty cache; None, which leaves the choice to the model, where layers see a sliding window."""
+    config: Any = model.config
+    return None if getattr(config, "sliding_window", None) else Cache(layer_class_to_replicate=_Buffered)
 
 
 def _grouped_attention(
