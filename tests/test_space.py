@@ -124,7 +124,7 @@ def test_neighbours_differ_in_one_gene_by_one_level() -> None:
     [
         ({"mlp_step": 0}, "outside 1..80"),
         ({"mlp_step": 81}, "outside 1..80"),
-        ({"attention": "rows"}, "grid, groups or none"),
+        ({"attention": "rows"}, "grid, groups, whole or none"),
         ({"hidden": (64,)}, "1..48"),
         ({"uniform": True, "layer_order": (0, 1, 2)}, "each of the 4 layers"),
     ],
