@@ -6,7 +6,7 @@ calibration tokens pass through the model layer by layer; no activation outlives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -394,27 +394,43 @@ def _add_taylor(
 ) -> None:
     """Add |w dL/dw| of every parameter of the layers, summed over micro-batches; no gradient outlives its use."""
     wanted = {id(row.parameter): row for row in _inner(model, family)}
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     n_predicted = ids.shape[0] * (ids.shape[1] - 1)
 
-    def use(parameter: Tensor) -> None:
-        grad = parameter.grad
-        assert grad is not None
+    def use(parameter: Tensor, grad: Tensor) -> None:
         total.add(wanted[id(parameter)], (parameter.detach().double() * grad.double()).abs())
-        parameter.grad = None
 
-    hooks = []
-    try:
-        for parameter, _, _ in before:
-            parameter.requires_grad_(id(parameter) in wanted)
-            parameter.grad = None
-            if id(parameter) in wanted:
-                hooks.append(parameter.register_post_accumulate_grad_hook(use))  # type: ignore[no-untyped-call]
+    with handing_over_gradients(model, set(wanted), use):
         for batch in torch.split(ids.to(total.device), micro):
             with torch.enable_grad():
                 _losses(model(input_ids=batch, use_cache=False).logits, batch).sum().div(n_predicted).backward()  # type: ignore[no-untyped-call]
             if advance:
                 advance(batch.numel())
+
+
+@contextmanager
+def handing_over_gradients(
+    model: nn.Module, wanted: Container[int], use: Callable[[Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Inside the block every backward calls use(parameter, gradient) as soon as a gradient is whole, and drops it.
+
+    wanted: the id() of each parameter that is to have a gradient; the others get none. The model is left as it was.
+    """
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+
+    def hand_over(parameter: Tensor) -> None:
+        grad = parameter.grad
+        assert grad is not None
+        use(parameter, grad)
+        parameter.grad = None
+
+    hooks = []
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in wanted)
+            if id(parameter) in wanted:
+                hooks.append(parameter.register_post_accumulate_grad_hook(hand_over))  # type: ignore[no-untyped-call]
+        yield
     finally:
         for hook in hooks:
             hook.remove()

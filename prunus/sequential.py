@@ -124,6 +124,7 @@ class _Truth:
     after: list[Tensor]
     outputs: dict[str, list[Tensor]]
     inputs: dict[str, dict[int, Tensor]]  # of the first reader of each sub-layer; its other readers see the same
+    scales: dict[str, list[Tensor]]  # of each token, by the writer whose errors they scale (`_per_size`)
 
 
 def readers_of(family: Family, part: Literal["attention", "mlp"]) -> list[str]:
@@ -149,12 +150,15 @@ def _dense_layer(stream: LayerStream, i: int, dense: list[Tensor], stride: int) 
     layer, family = stream.layers[i], stream.family
     writers = (family.attention_writer, family.mlp_writer)
     readers = (readers_of(family, "attention")[0], readers_of(family, "mlp")[0])
-    truth = _Truth(dense, [], {path: [] for path in writers}, {path: {} for path in readers})
+    truth = _Truth(
+        dense, [], {path: [] for path in writers}, {path: {} for path in readers}, {path: [] for path in writers}
+    )
     for b, hidden in enumerate(dense):
         with inputs_of(layer, *readers) as seen, _outputs_of(layer, *writers) as given:
             truth.after.append(stream.run(i, hidden))
-        for path in writers:
+        for path, states in zip(writers, (hidden, truth.after[-1]), strict=True):
             truth.outputs[path].append(given[path].view_as(hidden))
+            truth.scales[path].append(_per_size(states))
         if b % stride == 0:
             for path in readers:
                 truth.inputs[path][b] = seen[path]
@@ -321,7 +325,7 @@ def _refit_attention(
             if drift:
                 wanted = wanted + drift * (before - hidden)
             inputs.append(_input_only(stream, i, path, hidden))
-            moments.add(inputs[-1], wanted, _per_size(before))
+            moments.add(inputs[-1], wanted, truth.scales[path][b])
         new = moments.solve(settings.damping)
         traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
         with _holding(stream.layers[i].get_submodule(path), new) as writer:
@@ -352,7 +356,7 @@ def _refit_mlp(
                     wanted = wanted + drift * (truth.after[b] - wanted - rest)
                     rests.append(_difference(rest, truth.after[b], out.dtype))
                     kept.append(seen[path])
-                moments.add(seen[path], wanted, _per_size(truth.after[b]))
+                moments.add(seen[path], wanted, truth.scales[path][b])
         new = moments.solve(settings.damping)
         traveller.weights |= {(i, name): tensor for name, tensor in new.items()}
         if not family.post_norm:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from prunus import states
 from prunus.artefact import write_text
 from prunus.errors import UserError
 from prunus.families import Family
@@ -36,9 +37,7 @@ from prunus.subnetwork import SubNetwork
 from prunus.teaching import Teacher
 
 Draw = Callable[[random.Random], Sequence[SubNetwork | None]]  # the sub-networks of one step; None: the model as it is
-STATE = "trainable.safetensors"
 RECORD = "training.json"
-SPENT = "seconds.txt"  # of a state: what it took to come there
 LOG = "log.jsonl"
 LOOKS = ("report_to", "log_every", "eval_every")  # settings that change nothing in what is trained
 
@@ -202,29 +201,23 @@ class SandwichTrainer(Trainer):
         if self.args.world_size > 1:  # all processes stop together
             dist.all_reduce(bad)
         if bad:
-            kept = last_checkpoint(Path(str(self.args.output_dir)))
+            kept = states.last(Path(str(self.args.output_dir)))
             where = f"the last good state is {str(kept)!r}" if kept else "no state had been saved yet"
             raise UserError(
-                f"the loss is {float(loss):g} at step {self.state.global_step + 1}, in {one.name}; {where}. Use a "
-                "lower --lr, a longer warm-up, or --precision float32; the same command then goes on from that state"
+                f"the loss is {float(loss.detach()):g} at step {self.state.global_step + 1}, in {one.name}; {where}. "
+                "Use a lower --lr, a longer warm-up, or --precision float32; the same command then goes on from that "
+                "state"
             )
 
     # ------------------------------------------------------------------------------------------------- its checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Only what is trained: adapters, or all weights in their master precision."""
-        from safetensors.torch import save_file
-
-        if not self.args.should_save:
-            return
-        out = Path(str(output_dir or self.args.output_dir))
-        out.mkdir(parents=True, exist_ok=True)
-        save_file(trained(self.network.model), out / STATE)
-        (out / SPENT).write_text(f"{self.seconds}")
+        if self.args.should_save:
+            states.save(self.network.model, Path(str(output_dir or self.args.output_dir)), self.seconds)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained(self.network.model, Path(resume_from_checkpoint))
-        self._earlier = _seconds_of(Path(resume_from_checkpoint))
+        self._earlier = states.load(self.network.model, Path(resume_from_checkpoint))
 
     # -------------------------------------------------------------------------------------------------- its evaluation
 
@@ -280,26 +273,6 @@ class Rows(torch.utils.data.Dataset[dict[str, Any]]):
         return {"input_ids": self.windows.ids[i], "labels": self.windows.labels[i], "index": i}
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What gets gradients, by name; tied weights once."""
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_trained(model: nn.Module, checkpoint: Path) -> None:
-    """Put what a checkpoint holds into the model (**in place**); raises UserError where it is of another model."""
-    from safetensors.torch import load_file
-
-    own, found = trained(model), load_file(checkpoint / STATE)
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in found.items()}:
-        raise UserError(
-            f"{str(checkpoint)!r} was trained with other adapters or another model; delete it, or give the settings "
-            "that it was started with"
-        )
-    with torch.no_grad():
-        for name, tensor in found.items():
-            own[name].copy_(tensor)
-
-
 # ------------------------------------------------------------------------------------------------------------ fitting
 
 
@@ -340,12 +313,11 @@ def fit(job: Job) -> Fitted:
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
     _remember(job, args.world_size)
-    last = last_checkpoint(job.out)
+    last = states.last(job.out)
     total = trainer_steps(job, args)
     if last is not None and int(last.name.rpartition("-")[2]) >= total:
-        load_trained(job.model, last)
-        history = list(json.loads((last / "trainer_state.json").read_text())["log_history"])
-        seconds = _seconds_of(last)
+        seconds = states.load(job.model, last)
+        history = list(json.loads((last / states.WHOLE).read_text())["log_history"])
     else:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         history, seconds = list(trainer.state.log_history), trainer.seconds
@@ -449,17 +421,6 @@ class _Advance(TrainerCallback):
         self.advance(1)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest state that was written whole: Trainer writes trainer_state.json last."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return path
-    return None
-
-
 def identity(job: Job, processes: int) -> dict[str, Any]:
     """What makes a training this one, as plain data: models, text, seed and settings."""
     note = {**job.belongs_to, "processes": processes, "windows": _digest(job.windows), "seed": job.seed}
@@ -473,9 +434,9 @@ def _remember(job: Job, world: int) -> None:
     note = identity(job, world)
     path = job.out / RECORD
     if path.exists():
-        theirs = {"seed": job.seed, **json.loads(path.read_text())}  # earlier versions noted none
+        theirs = json.loads(path.read_text())
         differs = sorted(key for key in theirs.keys() | note.keys() if theirs.get(key) != note.get(key))
-        if differs and last_checkpoint(job.out):
+        if differs and states.last(job.out):
             named = ", ".join(f"{key} ({theirs.get(key)}, now {note.get(key)})" for key in differs)
             raise UserError(
                 f"{str(job.out)!r} holds a training with other settings: {named}. Give those again, or delete it"
@@ -483,11 +444,6 @@ def _remember(job: Job, world: int) -> None:
     job.out.mkdir(parents=True, exist_ok=True)
     if is_main():
         write_text(path, json.dumps(note, indent=1))
-
-
-def _seconds_of(state: Path) -> float:
-    path = state / SPENT
-    return float(path.read_text()) if path.exists() else 0.0
 
 
 def is_main() -> bool:
@@ -501,4 +457,4 @@ def _digest(windows: Windows) -> str:
     return token_hash(torch.cat([windows.ids, windows.labels]))[:16]
 
 
-__all__ = ["Draw", "Fitted", "Job", "Network", "Pass", "SandwichTrainer", "fit", "is_main", "last_checkpoint"]
+__all__ = ["Draw", "Fitted", "Job", "Network", "Pass", "SandwichTrainer", "fit", "is_main"]

@@ -16,7 +16,7 @@ import torch
 from tiny import CONFIGS, ragged, tiny, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunus import adapters
+from prunus import adapters, states
 from prunus.errors import UserError
 from prunus.families import family_of, full
 from prunus.instructions import Windows
@@ -24,7 +24,7 @@ from prunus.learning import TrainConfig
 from prunus.slicing import activate, extract
 from prunus.subnetwork import LayerShape, SubNetwork
 from prunus.teaching import Teacher
-from prunus.training import Job, fit, last_checkpoint
+from prunus.training import Job, fit
 
 CONFIG = TrainConfig(
     length=16, batch=2, steps=4, precision="float32", save_every=2, log_every=1, lr=1e-3, warmup=1, holdout=0
@@ -142,7 +142,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(rank: int, tmp_path: Path) 
     kill.steps = 0  # type: ignore[attr-defined]
     with pytest.raises(Killed):
         fit(replace(broken, advance=kill))
-    kept = last_checkpoint(tmp_path / "broken")
+    kept = states.last(tmp_path / "broken")
     assert kept is not None
     assert kept.name == "checkpoint-4"
     before = float((kept / "seconds.txt").read_text())

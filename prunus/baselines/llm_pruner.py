@@ -20,6 +20,7 @@ from prunus import costs
 from prunus.baselines.subject import Outcome, Subject, best, even_widths, largest, members
 from prunus.errors import UserError
 from prunus.families import UNCUT, dims
+from prunus.importance import handing_over_gradients
 from prunus.rows import rows
 from prunus.scores import by_unit
 from prunus.slicing import extract, sort
@@ -122,35 +123,19 @@ def gradients(subject: Subject) -> Gradients:
     paths = {id(row.parameter): row.path for row in rows(model, subject.family)}
     first: dict[str, Tensor] = {}
     squares: dict[str, Tensor] = {}
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
 
-    def use(parameter: Tensor) -> None:
-        grad, path = parameter.grad, paths[id(parameter)]
-        assert grad is not None
+    def use(parameter: Tensor, grad: Tensor) -> None:
+        path = paths[id(parameter)]
         g = grad.float() / len(ids)
         first[path] = first[path].add_(g) if path in first else g
         g2 = grad.float().square_() / len(ids)
         squares[path] = squares[path].add_(g2) if path in squares else g2
-        parameter.grad = None
 
-    hooks = []
-    try:
-        for parameter, _, _ in before:
-            parameter.grad = None
-            parameter.requires_grad_(id(parameter) in paths)
-            if id(parameter) in paths:
-                hooks.append(parameter.register_post_accumulate_grad_hook(use))
-        with subject.progress("gradients", ids.numel()) as advance:
-            for window in ids.split(1):  # type: ignore[no-untyped-call]
-                with torch.enable_grad():
-                    model(input_ids=window, labels=window, use_cache=False).loss.backward()
-                advance(window.numel())
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, flag, grad in before:
-            parameter.requires_grad_(flag)
-            parameter.grad = grad
+    with handing_over_gradients(model, paths, use), subject.progress("gradients", ids.numel()) as advance:
+        for window in ids.split(1):  # type: ignore[no-untyped-call]
+            with torch.enable_grad():
+                model(input_ids=window, labels=window, use_cache=False).loss.backward()
+            advance(window.numel())
     subject.count(3 * ids.numel())
     names = {row.path: paths[id(row.parameter)] for row in rows(model, subject.family)}  # tied ones under one path
     return Gradients({k: first[v] for k, v in names.items()}, {k: squares[v] for k, v in names.items()})
