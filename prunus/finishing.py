@@ -15,6 +15,7 @@ from prunus.slicing import Override, extract
 from prunus.steps import MICRO, Prepared, Session, openings
 from prunus.subnetwork import SubNetwork
 
+COMPARED = 4  # held-out windows on which a whole network is compared before and after the sequential pass
 JUDGED, SHORT = 4, 512  # held-out windows, and their tokens, that decide whether a layer keeps its refitted weights
 
 
@@ -63,8 +64,9 @@ def _refit_missing(
         refitted = sequential.refit_all(s.stream, ids, pairs, settings, openings=first, accept=judge, advance=step)
     kept = {}
     for (name, sub), new, taken in zip(chosen.items(), refitted, judge.taken, strict=True):
-        at_first, at_last = (holdout_nats(s, p, sub, w) for w in (one_shot[name], new))
-        before, after = fmean(at_first), fmean(at_last)
+        at_last = holdout_nats(s, p, sub, new)
+        at_first = holdout_nats(s, p, sub, one_shot[name], COMPARED)
+        before, after = fmean(at_first), fmean(at_last[:COMPARED])
         figures = {
             "one_shot_nats": before,
             "sequential_nats": after,
@@ -72,15 +74,23 @@ def _refit_missing(
             "layers_refused": taken[2],
         }
         s.run.note(f"sequential/{name}", figures)
-        kept[name], s.nats[name] = (named(new), at_last) if after < before else (named(one_shot[name]), at_first)
+        if after < before:
+            kept[name], s.nats[name] = named(new), at_last
+        else:
+            kept[name] = named(one_shot[name])
     return kept
 
 
-def holdout_nats(s: Session, p: Prepared, sub: SubNetwork, weights: Override) -> list[float]:
-    """KL of one network on every held-out window; the dense model's states are kept from question to question."""
+def holdout_nats(
+    s: Session, p: Prepared, sub: SubNetwork, weights: Override, windows: int | None = None
+) -> list[float]:
+    """KL of one network on the first held-out windows (all of them unless said).
+
+    The dense model's states are kept from question to question.
+    """
     held = replace(p.objective, weights=lambda _: weights, kind="kl", forward_tokens=0.0)
     assert held.holdout is not None
-    values = held.measure([sub], range(len(held.holdout)), holdout=True)[0]
+    values = held.measure([sub], range(len(held.holdout[:windows])), holdout=True)[0]
     s.run.count_tokens(int(held.forward_tokens))
     return values
 
