@@ -21,8 +21,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prunus.families import family_of
-from prunus.slicing import activate, extract
+from prunus.models.families import family_of
+from prunus.models.slicing import activate, extract
 from prunus.subnetwork import LayerShape, SubNetwork
 
 LAYERS, GROUPS, PER_GROUP, NEURONS, HIDDEN = 30, 3, 3, 1536, 576

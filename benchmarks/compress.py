@@ -20,8 +20,8 @@ from typing import Any
 
 from prunus.config import resolve
 from prunus.evaluation import perplexity, text_ids
-from prunus.loading import load
 from prunus.machine import environment, words
+from prunus.models.loading import load
 from prunus.pipeline import compress
 from prunus.progress import LineProgress
 

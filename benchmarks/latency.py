@@ -24,17 +24,19 @@ from typing import Any
 
 import torch
 
-from prunus import costs, llamacpp_latency, pictures
-from prunus.families import dims, family_of, full
-from prunus.latency import Lap, Laps, WallClock, assemble, build, clock_of, key_of, plan, time_models
-from prunus.loading import load
 from prunus.machine import environment, words
-from prunus.moves import Prices, scatter
+from prunus.models import costs
+from prunus.models.families import dims, family_of, full
+from prunus.models.loading import load
+from prunus.models.slicing import extract, layers_of
 from prunus.progress import LineProgress
-from prunus.slicing import extract, layers_of
-from prunus.space import space_of
+from prunus.recording import pictures
+from prunus.searching.moves import Prices, scatter
+from prunus.searching.space import space_of
 from prunus.subnetwork import SubNetwork
-from prunus.timetable import Phase, Request, Timetable, grid_of
+from prunus.timing import llamacpp_latency
+from prunus.timing.latency import Lap, Laps, WallClock, assemble, build, clock_of, key_of, plan, time_models
+from prunus.timing.timetable import Phase, Request, Timetable, grid_of
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 

@@ -31,10 +31,10 @@ import numpy as np
 from llama_cpp import Llama
 
 from prunus.evaluation import perplexity, text_ids
-from prunus.export import export
-from prunus.loading import load
+from prunus.exporting.export import export
 from prunus.machine import environment, words
-from prunus.pictures import Figure, save
+from prunus.models.loading import load
+from prunus.recording.pictures import Figure, save
 
 
 def opened(path: str, n: int, threads: int, *, every_logit: bool = False) -> Llama:

@@ -28,17 +28,19 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunus import adapters, costs, draws, importance
 from prunus.evaluation import perplexity, text_ids
-from prunus.families import family_of, full
-from prunus.grids import grid_of
-from prunus.instructions import training_windows
-from prunus.learning import TrainConfig
-from prunus.loading import load
 from prunus.machine import environment, words
-from prunus.slicing import activate, sort
+from prunus.models import costs
+from prunus.models.families import family_of, full
+from prunus.models.loading import load
+from prunus.models.slicing import activate, sort
+from prunus.scoring import importance
+from prunus.searching.grids import grid_of
 from prunus.subnetwork import SubNetwork
-from prunus.training import Job, fit
+from prunus.texts.instructions import training_windows
+from prunus.training import adapters, draws
+from prunus.training.learning import TrainConfig
+from prunus.training.loop import Job, fit
 
 # name -> (sorted by importance, strategy, sampler)
 WAYS: dict[str, tuple[bool, str, str]] = {

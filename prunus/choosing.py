@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prunus import search, sensitivity, shen
-from prunus.allocate import allocate
+from prunus.reforming import sensitivity
+from prunus.searching import search, shen
+from prunus.searching.allocate import allocate
+from prunus.searching.study import Record
 from prunus.steps import RUNGS, Prepared, Session, slack
-from prunus.study import Record
 from prunus.subnetwork import SubNetwork
 from prunus.targets import TIMES, Target
 

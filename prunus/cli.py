@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prunus.artefact import trouble
-from prunus.changes import FIRST
 from prunus.config import overrides, resolve, settings
 from prunus.errors import UserError
 from prunus.flags import Verb, flags, given
 from prunus.machine import environment
+from prunus.recording.artefact import trouble
+from prunus.recording.changes import FIRST
 from prunus.setting import ANYWHERE
 from prunus.terminal import Terminal, calm_libraries
 
 if TYPE_CHECKING:
-    from prunus.calibration import Join
+    from prunus.texts.calibration import Join
 
 RESUMABLE = ("compress", "bench", "recover", "score", "train", "reform", "search", "extract", "report")
 
@@ -133,7 +133,7 @@ def evaluate(checkpoint: str, against: str | None, join: Join, speed: bool, **pa
         raise UserError(f"no text file {text!r}; give --text FILE")
     terminal = Terminal(parameters["quiet"])
     from prunus.evaluation import evaluate
-    from prunus.loading import load
+    from prunus.models.loading import load
 
     calm_libraries()
     loaded = load(
@@ -256,7 +256,7 @@ def export(checkpoint: str, form: str, out: str | None, **parameters: Any) -> No
     """
     config = resolve(parameters["config"], {**given(parameters), "model": checkpoint})
     terminal = Terminal(parameters["quiet"])
-    from prunus.export import export
+    from prunus.exporting.export import export
 
     calm_libraries()
     found = export(
@@ -291,7 +291,7 @@ def recover(checkpoint: str, teacher: str | None, out: str, **parameters: Any) -
     """
     config = resolve(parameters["config"], {**given(parameters), "model": checkpoint})
     terminal = Terminal(parameters["quiet"])
-    from prunus.recovery import recover
+    from prunus.training.recovery import recover
 
     calm_libraries()
     found = recover(config, teacher, out, terminal.progress())
@@ -365,7 +365,7 @@ def bench(model: str | None, show: bool, out: str | None, **parameters: Any) -> 
 
     The same command again computes only the rows that are not there; methods, shares and calibrations may be added.
     """
-    from prunus import bench
+    from prunus.baselines import bench
 
     terminal = Terminal(parameters["quiet"])
     if show:
@@ -405,7 +405,7 @@ def _step(name: str, sentence: str) -> click.Command:
         asked = overrides(parameters["config"], given(parameters))
         terminal = Terminal(parameters["quiet"])
         from prunus import pipeline
-        from prunus.run import Run
+        from prunus.recording.run import Run
 
         calm_libraries()
         if again:

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from prunus.errors import UserError
-from prunus.learning import TrainConfig
 from prunus.setting import ANYWHERE, Section, Setting, declared, setting
 from prunus.targets import LIMITS, Kind, Target
+from prunus.training.learning import TrainConfig
 
 STEPS = ("calibrate", "score", "train", "reform", "search", "extract", "evaluate", "report")  # in the order they run
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus import costs, machine, runtimes
+from prunus import machine
 from prunus.choosing import open_record
 from prunus.errors import UserError
 from prunus.evaluation import compare_speed, perplexity, text_ids
-from prunus.families import dims
 from prunus.finishing import holdout_nats
-from prunus.pictures import ErrorCurve, Network, Tried
-from prunus.report import ReportData
-from prunus.slicing import Override, extract
+from prunus.models import costs
+from prunus.models.families import dims
+from prunus.models.slicing import Override, extract
+from prunus.recording.pictures import ErrorCurve, Network, Tried
+from prunus.recording.report import ReportData
 from prunus.steps import Prepared, Session
 from prunus.subnetwork import SubNetwork
+from prunus.timing import runtimes
 
 PROMPT = "The history of the city begins"
 SAMPLE_TOKENS = 60

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prunus.calibration import Join, encode, file_text, needs_bos
 from prunus.errors import UserError
-from prunus.sampling import check_length
+from prunus.texts.calibration import Join, encode, file_text, needs_bos
+from prunus.texts.sampling import check_length
 
 Progress = Callable[[int, int], None]  # (chunks done, chunks in all)
 Logits = Callable[[int, int], Tensor]  # (first position, end) -> logits (batch, end - first, vocab)
@@ -77,7 +77,8 @@ def text_ids(
 ) -> Tensor:
     """One long stream of tokens, shape (n,), int64; the tokenizer's own BOS, if it adds one, stands at its start.
 
-    join: see `prunus.calibration.file_text`; "auto" reads WikiText as it is scored everywhere, other text as it is.
+    join: see `prunus.texts.calibration.file_text`; "auto" reads WikiText as it is scored everywhere, other text as
+    it is.
     Raises UserError for a file that is missing, empty or binary.
     """
     return encode(file_text(path, join=join, column=column), tokenizer, special=not needs_bos(tokenizer))

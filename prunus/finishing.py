@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunus import checkpoint, sequential
-from prunus.slicing import Override, extract
+from prunus.models import checkpoint
+from prunus.models.slicing import Override, extract
+from prunus.reforming import sequential
 from prunus.steps import MICRO, Prepared, Session, openings
 from prunus.subnetwork import SubNetwork
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from prunus import costs, pictures, runtimes
-from prunus.checkpoint import uniform_refusal
 from prunus.config import CompressConfig
-from prunus.families import dims, family_of, full
-from prunus.loading import load_configured
-from prunus.memory import available, memory_need
+from prunus.models import costs
+from prunus.models.checkpoint import uniform_refusal
+from prunus.models.families import dims, family_of, full
+from prunus.models.loading import load_configured
+from prunus.models.memory import available, memory_need
 from prunus.progress import Progress, silent
+from prunus.recording import pictures
 from prunus.subnetwork import SubNetwork
-from prunus.timetable import Timetable, cached_path
+from prunus.timing import runtimes
+from prunus.timing.timetable import Timetable, cached_path
 
 SUB_LAYERS: tuple[Literal["attention", "mlp", "block"], ...] = ("attention", "mlp", "block")
 

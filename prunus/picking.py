@@ -15,28 +15,20 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus import (
-    checkpoint,
-    choosing,
-    describe,
-    finishing,
-    loading,
-    neighbours,
-    rivals,
-    sensitivity,
-    sequential,
-    steps,
-)
-from prunus.artefact import load_json, load_tensors
+from prunus import choosing, describe, finishing, steps
+from prunus.baselines import rivals
 from prunus.config import STEPS, BudgetConfig, CompressConfig
 from prunus.errors import UserError
-from prunus.families import family_of
-from prunus.forecast import forecast
+from prunus.models import checkpoint, loading
+from prunus.models.families import family_of
+from prunus.models.slicing import Override, extract
 from prunus.progress import Progress, silent
-from prunus.run import Run, read_manifest
-from prunus.slicing import Override, extract
+from prunus.recording.artefact import load_json, load_tensors
+from prunus.recording.run import Run, read_manifest
+from prunus.reforming import neighbours, sensitivity, sequential
 from prunus.steps import MICRO, Prepared, Session
 from prunus.subnetwork import SubNetwork
+from prunus.timing.forecast import forecast
 
 STEP = "pick"  # picks belong to nobody's step: no change of the run makes them stale
 STANDS_ON = {  # what a pick reads of a run -> the command that makes it

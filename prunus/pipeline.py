@@ -8,15 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from prunus import choosing, describe, finishing, loading, rivals, steps, supernet
-from prunus.changes import TARGETS
+from prunus import choosing, describe, finishing, steps
+from prunus.baselines import rivals
 from prunus.config import CompressConfig, flatten
-from prunus.families import family_of
+from prunus.models import loading
+from prunus.models.families import family_of
 from prunus.progress import Progress, silent
-from prunus.report import write_report
-from prunus.run import Run, read_manifest
+from prunus.recording.changes import TARGETS
+from prunus.recording.report import write_report
+from prunus.recording.run import Run, read_manifest
 from prunus.steps import Session
 from prunus.subnetwork import SubNetwork
+from prunus.training import supernet
 
 Step = Literal["score", "train", "reform", "search", "extract", "report"]
 

@@ -16,19 +16,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prunus import calibration, checkpoint, costs, importance, levels, moments, runtimes, sensitivity
 from prunus.config import CompressConfig
 from prunus.errors import UserError
-from prunus.families import Family, dims, full
-from prunus.objective import Divergence, no_weights
+from prunus.models import checkpoint, costs
+from prunus.models.families import Family, dims, full
+from prunus.models.slicing import sort
+from prunus.models.stream import LayerStream
 from prunus.progress import Progress
-from prunus.run import Run
-from prunus.slicing import sort
-from prunus.space import AttentionUnit, SearchSpace, space_of
-from prunus.stream import LayerStream
+from prunus.recording.run import Run
+from prunus.reforming import levels, sensitivity
+from prunus.scoring import importance, moments
+from prunus.searching.objective import Divergence, no_weights
+from prunus.searching.space import AttentionUnit, SearchSpace, space_of
 from prunus.subnetwork import SubNetwork
 from prunus.targets import TIMES, UNITS, Target
-from prunus.timetable import Request, Timetable
+from prunus.texts import calibration
+from prunus.timing import runtimes
+from prunus.timing.timetable import Request, Timetable
 
 WINDOW = 1024  # tokens in a window that candidates are judged on: shorter ones overrate what short contexts need
 RUNGS = (1, 2, 4)  # windows at each rung of successive halving

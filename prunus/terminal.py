@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from prunus.artefact import write_text
 from prunus.progress import BarProgress, LineProgress, Progress, silent
+from prunus.recording.artefact import write_text
 
 PIPE_WIDTH = 160  # of tables in files and pipes, where there is no terminal to ask
 

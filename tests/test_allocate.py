@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from prunus.allocate import Allocation, allocate, sweep
 from prunus.errors import UserError
+from prunus.searching.allocate import Allocation, allocate, sweep
 
 Curves = tuple[list[np.ndarray], list[np.ndarray]]
 

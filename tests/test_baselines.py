@@ -11,7 +11,6 @@ import torch
 from tiny import CONFIGS, tiny, tokens
 from torch import Tensor, nn
 
-from prunus import costs
 from prunus.baselines import angular, flap, laco, llm_pruner, magnitude, sleb
 from prunus.baselines.activity import activity
 from prunus.baselines.blockpruner import blocks, less
@@ -19,8 +18,9 @@ from prunus.baselines.subject import Subject, best, even_widths, largest, leaver
 from prunus.baselines.table import OURS, TABLE, find, names
 from prunus.errors import UserError
 from prunus.evaluation import parameters
-from prunus.moments import writer_weight
-from prunus.stream import inputs_of
+from prunus.models import costs
+from prunus.models.stream import inputs_of
+from prunus.scoring.moments import writer_weight
 from prunus.subnetwork import LayerShape, SubNetwork
 
 SHARES = {"depth": 0.5}  # share to ask for, by kind; 0.7 else

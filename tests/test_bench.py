@@ -12,10 +12,10 @@ import torch
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from prunus import bench, benchpages, cli, rivals, tasks
-from prunus.baselines import magnitude
+from prunus import cli, tasks
+from prunus.baselines import bench, benchpages, magnitude, rivals
+from prunus.baselines.bench import Plan, chosen, read_lengths, run, slug
 from prunus.baselines.table import OURS, TABLE
-from prunus.bench import Plan, chosen, read_lengths, run, slug
 from prunus.config import CompressConfig, resolve
 from prunus.errors import UserError
 from prunus.pipeline import compress

@@ -15,10 +15,10 @@ from tiny import CONFIGS, tiny
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from prunus import calibration, sampling
-from prunus.calibration import calibration_tokens, mixture, openings, overlap, split, token_hash, windows
 from prunus.errors import UserError
 from prunus.evaluation import perplexity
+from prunus.texts import calibration, sampling
+from prunus.texts.calibration import calibration_tokens, mixture, openings, overlap, split, token_hash, windows
 
 STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories260k-hf"
 LETTERS = [*"\n ", *string.ascii_letters, *string.digits, *".,:;!?'\"()@=-+*/<>"]

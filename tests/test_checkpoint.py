@@ -23,11 +23,11 @@ from transformers import (
     T5Config,
 )
 
-from prunus import checkpoint, loading, memory
-from prunus.checkpoint import blank, load, save, uniform_refusal, verify
 from prunus.errors import UserError
-from prunus.families import dims, family_of, full
-from prunus.slicing import activate, extract
+from prunus.models import checkpoint, loading, memory
+from prunus.models.checkpoint import blank, load, save, uniform_refusal, verify
+from prunus.models.families import dims, family_of, full
+from prunus.models.slicing import activate, extract
 from prunus.subnetwork import LayerShape, SubNetwork
 
 NAMES = sorted(CONFIGS)

@@ -19,7 +19,7 @@ from prunus import cli
 from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.progress import LineProgress, silent
-from prunus.run import Run
+from prunus.recording.run import Run
 
 NETWORK = {"kept_blocks": 0.8, "kept_all": 0.84, "parameters": 113_000_000, "n_bytes": 226_000_000}
 RESULT = {

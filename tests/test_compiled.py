@@ -12,9 +12,9 @@ import torch
 from tiny import ragged, tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from prunus.checkpoint import save
-from prunus.families import dims, family_of
-from prunus.slicing import extract
+from prunus.models.checkpoint import save
+from prunus.models.families import dims, family_of
+from prunus.models.slicing import extract
 from prunus.subnetwork import LayerShape, SubNetwork
 
 COMPILER = pytest.mark.skipif(

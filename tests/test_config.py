@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from prunus.changes import step_of
 from prunus.config import (
     ANYWHERE,
     STEPS,
@@ -25,6 +24,7 @@ from prunus.config import (
 )
 from prunus.errors import UserError
 from prunus.handbook import table
+from prunus.recording.changes import step_of
 
 
 def make(**flat: Any) -> CompressConfig:
@@ -193,7 +193,7 @@ def test_every_setting_is_explained_and_belongs_to_a_step() -> None:
 
 
 def test_choices_are_those_of_the_code_that_reads_them() -> None:
-    from prunus import importance, scores
+    from prunus.scoring import importance, scores
 
     assert set(settings()["score.method"].choices) == set(typing.get_args(importance.Method))
     assert set(settings()["score.aggregator"].choices) == set(typing.get_args(scores.Aggregator))

@@ -9,7 +9,7 @@ import torch
 from tiny import CONFIGS, indexed, ragged, tiny, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prunus.costs import (
+from prunus.models.costs import (
     cache_bytes,
     decode_bytes,
     flops,
@@ -19,8 +19,8 @@ from prunus.costs import (
     parameters,
     sublayer_parameters,
 )
-from prunus.families import dims, family_of, full
-from prunus.slicing import extract, state_of
+from prunus.models.families import dims, family_of, full
+from prunus.models.slicing import extract, state_of
 from prunus.subnetwork import LayerShape, SubNetwork
 
 

@@ -8,12 +8,13 @@ import pytest
 from tiny import CONFIGS, tiny
 from transformers import LlamaConfig
 
-from prunus import costs, draws
 from prunus.errors import UserError
-from prunus.families import family_of, full
-from prunus.grids import NAMES, Grid, along, cuts_hidden, grid_of
-from prunus.slicing import check_subnetwork, extract
+from prunus.models import costs
+from prunus.models.families import family_of, full
+from prunus.models.slicing import check_subnetwork, extract
+from prunus.searching.grids import NAMES, Grid, along, cuts_hidden, grid_of
 from prunus.subnetwork import SubNetwork
+from prunus.training import draws
 
 
 def big() -> LlamaConfig:

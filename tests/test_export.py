@@ -22,13 +22,14 @@ from tiny import ragged
 from transformers import AutoModelForCausalLM
 from words import RUNTIME, TEMPLATE, bytes_bpe, checkpoint, cut, fields, sentencepiece_bpe, tiny
 
-from prunus import architectures, cli, gguf_tensors, llamacpp
-from prunus import export as module
-from prunus.architectures import CARRIERS, GEMMA2
+from prunus import cli
 from prunus.errors import UserError
-from prunus.export import export
-from prunus.families import dims
-from prunus.gguf_tensors import BLOCK, QUANTS, llama3_factors, neighbours, rounded
+from prunus.exporting import architectures, gguf_tensors, llamacpp
+from prunus.exporting import export as module
+from prunus.exporting.architectures import CARRIERS, GEMMA2
+from prunus.exporting.export import export
+from prunus.exporting.gguf_tensors import BLOCK, QUANTS, llama3_factors, neighbours, rounded
+from prunus.models.families import dims
 from prunus.subnetwork import LayerShape, SubNetwork
 
 SERVER = pytest.mark.skipif(
@@ -239,7 +240,7 @@ def test_a_file_that_ends_the_process_is_one_sentence(tmp_path: Path, monkeypatc
     def no_mlp(*_: Any) -> tuple[int, int, int]:
         return 8, 4, 0
 
-    monkeypatch.setattr("prunus.gguf_file._widths", no_mlp)
+    monkeypatch.setattr("prunus.exporting.gguf_file._widths", no_mlp)
     with pytest.raises(UserError, match=r"cannot load the file .* deleted"):
         exported(tiny("llama"), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

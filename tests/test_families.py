@@ -10,8 +10,8 @@ from tiny import CONFIGS, tiny
 from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, OPTConfig
 
 from prunus.errors import UserError
-from prunus.families import AXES, FAMILIES, dims, family_of, full, is_dropped, size_of
-from prunus.rows import check, rows
+from prunus.models.families import AXES, FAMILIES, dims, family_of, full, is_dropped, size_of
+from prunus.models.rows import check, rows
 from prunus.subnetwork import LayerShape
 
 every_family = pytest.mark.parametrize("name", CONFIGS)

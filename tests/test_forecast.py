@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from prunus.forecast import forecast
+from prunus.timing.forecast import forecast
 
 
 def test_a_power_law_is_continued_between_the_known_cases_without_error() -> None:

@@ -13,11 +13,11 @@ from tiny import CONFIGS, tiny, tokens
 from torch import Tensor
 
 from prunus.errors import UserError
-from prunus.families import dims, family_of, full
-from prunus.importance import Importance, Method, score
-from prunus.rows import rows
-from prunus.scores import Aggregator, by_unit, curvature, gathered, obs, wanda
-from prunus.slicing import activate, sort
+from prunus.models.families import dims, family_of, full
+from prunus.models.rows import rows
+from prunus.models.slicing import activate, sort
+from prunus.scoring.importance import Importance, Method, score
+from prunus.scoring.scores import Aggregator, by_unit, curvature, gathered, obs, wanda
 from prunus.subnetwork import LayerShape, SubNetwork
 
 every_family = pytest.mark.parametrize("name", CONFIGS)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from prunus.errors import UserError
-from prunus.instructions import IGNORED, tokens_of, training_windows
+from prunus.texts.instructions import IGNORED, tokens_of, training_windows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODEL = SHARED / "models" / "stories260k-hf"

@@ -14,13 +14,13 @@ import torch
 from tiny import CONFIGS, tiny
 from torch import nn
 
-from prunus import latency
 from prunus.errors import UserError
-from prunus.families import dims, family_of, full
-from prunus.latency import EMPTY, Lap, Laps, Probe, WallClock, build, compare, measure, plan, time_models
-from prunus.slicing import extract, layers_of
+from prunus.models.families import dims, family_of, full
+from prunus.models.slicing import extract, layers_of
 from prunus.subnetwork import LayerShape, SubNetwork
-from prunus.timetable import Request, grid_of
+from prunus.timing import latency
+from prunus.timing.latency import EMPTY, Lap, Laps, Probe, WallClock, build, compare, measure, plan, time_models
+from prunus.timing.timetable import Request, grid_of
 
 REQUEST = Request(prompt=6, batch=2, generate=3)
 

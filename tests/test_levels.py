@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import CONFIGS, indexed, ragged, tiny, tokens
 
-from prunus.families import dims, family_of, full
-from prunus.levels import Levels, layer_errors, order_layer, permute_grams, save_grams
-from prunus.moments import Grams, collect, writer_weight
-from prunus.slicing import activate, extract, layers_of, sort
-from prunus.stream import LayerStream, inputs_of
+from prunus.models.families import dims, family_of, full
+from prunus.models.slicing import activate, extract, layers_of, sort
+from prunus.models.stream import LayerStream, inputs_of
+from prunus.reforming.levels import Levels, layer_errors, order_layer, permute_grams, save_grams
+from prunus.scoring.moments import Grams, collect, writer_weight
 from prunus.subnetwork import SubNetwork
 
 

@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from words import RUNTIME, checkpoint, cut, tiny
 
-from prunus import llamacpp, llamacpp_latency, runtimes
 from prunus.config import BudgetConfig, CompressConfig
 from prunus.errors import UserError
-from prunus.families import dims, family_of, full
+from prunus.exporting import llamacpp
 from prunus.inspection import inspect_latency
-from prunus.llamacpp_latency import features, fitted, plan_of, solve
-from prunus.space import space_of
+from prunus.models.families import dims, family_of, full
+from prunus.searching.space import space_of
 from prunus.subnetwork import LayerShape, SubNetwork
-from prunus.timetable import Grid, Request, grid_of
+from prunus.timing import llamacpp_latency, runtimes
+from prunus.timing.llamacpp_latency import features, fitted, plan_of, solve
+from prunus.timing.timetable import Grid, Request, grid_of
 
 REQUEST = Request(prompt=16, batch=2, generate=8)
 

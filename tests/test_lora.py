@@ -11,8 +11,8 @@ from test_slicing import _fingerprint, _logits, _random_order, _relative, every_
 from tiny import indexed, ragged, tiny, tokens
 from torch import nn
 
-from prunus.families import Family, family_of, full
-from prunus.slicing import activate, sort
+from prunus.models.families import Family, family_of, full
+from prunus.models.slicing import activate, sort
 
 
 def _lora(model: Any, family: Family, embeddings: bool = False) -> Any:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny, tokens
 
-from prunus import heads
-from prunus.losses import DIVERGENCES, cross_entropy, divergence
+from prunus.models import heads
+from prunus.training.losses import DIVERGENCES, cross_entropy, divergence
 
 
 def logits(seed: int, n: int = 5) -> torch.Tensor:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny, tokens
 
-from prunus.families import family_of
-from prunus.moments import Grams, collect, exact_products_of, fisher, square_root, stored, writer_weight
-from prunus.slicing import layers_of
-from prunus.stream import LayerStream
+from prunus.models.families import family_of
+from prunus.models.slicing import layers_of
+from prunus.models.stream import LayerStream
+from prunus.scoring.moments import Grams, collect, exact_products_of, fisher, square_root, stored, writer_weight
 
 
 @pytest.mark.parametrize("name", CONFIGS)

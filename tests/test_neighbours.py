@@ -11,12 +11,12 @@ from test_levels import prepared
 from tiny import CONFIGS, ragged
 from torch import Tensor, nn
 
-from prunus.families import Family, dims, family_of, full, is_dropped
-from prunus.levels import Levels
-from prunus.moments import Grams, writer_weight
-from prunus.neighbours import Neighbour, inherit
-from prunus.rows import layers_of, rows
-from prunus.slicing import Override, activate, kept_dims, take
+from prunus.models.families import Family, dims, family_of, full, is_dropped
+from prunus.models.rows import layers_of, rows
+from prunus.models.slicing import Override, activate, kept_dims, take
+from prunus.reforming.levels import Levels
+from prunus.reforming.neighbours import Neighbour, inherit
+from prunus.scoring.moments import Grams, writer_weight
 from prunus.subnetwork import LayerKept, SubNetwork
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import CONFIGS, indexed, ragged, tiny, tokens
 
-from prunus.families import family_of, full
-from prunus.objective import Divergence, kl_from_logits
-from prunus.slicing import activate
-from prunus.stream import LayerStream
+from prunus.models.families import family_of, full
+from prunus.models.slicing import activate
+from prunus.models.stream import LayerStream
+from prunus.searching.objective import Divergence, kl_from_logits
 from prunus.subnetwork import SubNetwork
 
 

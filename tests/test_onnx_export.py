@@ -15,11 +15,12 @@ from tiny import ragged
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from words import bytes_bpe, checkpoint, cut, tiny
 
-from prunus import cli, onnx_export, onnx_graph
-from prunus.checkpoint import verify
+from prunus import cli
 from prunus.errors import UserError
-from prunus.export import export
-from prunus.onnx_graph import Session
+from prunus.exporting import onnx_export, onnx_graph
+from prunus.exporting.export import export
+from prunus.exporting.onnx_graph import Session
+from prunus.models.checkpoint import verify
 from prunus.subnetwork import LayerShape, SubNetwork
 
 ONNX = pytest.mark.skipif(

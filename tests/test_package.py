@@ -10,9 +10,9 @@ import pytest
 from tiny import ragged, tiny
 
 import prunus
-from prunus.checkpoint import blank
-from prunus.families import family_of
-from prunus.slicing import state_of
+from prunus.models.checkpoint import blank
+from prunus.models.families import family_of
+from prunus.models.slicing import state_of
 
 LOAD = "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
 MODEL = "from transformers import AutoModelForCausalLM"

@@ -20,15 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunus import llamacpp, loading
 from prunus.config import KEEP, CompressConfig, resolve
 from prunus.errors import UserError
-from prunus.export import export
-from prunus.latency import Lap, Laps
+from prunus.exporting import llamacpp
+from prunus.exporting.export import export
+from prunus.models import loading
 from prunus.picking import pick
 from prunus.pipeline import compress, step
-from prunus.run import Run
-from prunus.timetable import Request
+from prunus.recording.run import Run
+from prunus.timing.latency import Lap, Laps
+from prunus.timing.timetable import Request
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODEL = SHARED / "models" / "stories260k-hf"
@@ -137,7 +138,7 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return [Laps([lap(model.model.layers)], [lap(model.model.layers)]) for model in models]
 
     monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("prunus.latency.time_models", time_models)
+    monkeypatch.setattr("prunus.timing.latency.time_models", time_models)
     return tmp_path / "cache"
 
 

@@ -14,10 +14,10 @@ import torch
 from tiny import CONFIGS, GQA, indexed, ragged, tiny, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
-from prunus import ragged as modelling
-from prunus.checkpoint import save
-from prunus.families import FAMILIES, dims, family_of
-from prunus.slicing import activate, extract
+from prunus.models import ragged as modelling
+from prunus.models.checkpoint import save
+from prunus.models.families import FAMILIES, dims, family_of
+from prunus.models.slicing import activate, extract
 from prunus.subnetwork import LayerShape, SubNetwork
 
 NAMES = sorted(CONFIGS)

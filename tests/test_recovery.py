@@ -14,16 +14,18 @@ import yaml
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM
 
-from prunus import loading, steps, supernet
+from prunus import steps
 from prunus.cli import app
 from prunus.config import CompressConfig, resolve
 from prunus.errors import UserError
 from prunus.evaluation import perplexity, text_ids
-from prunus.families import family_of, full
+from prunus.models import loading
+from prunus.models.families import family_of, full
+from prunus.models.slicing import activate, extract
 from prunus.pipeline import compress
-from prunus.recovery import recover
-from prunus.slicing import activate, extract
 from prunus.subnetwork import LayerShape, SubNetwork
+from prunus.training import supernet
+from prunus.training.recovery import recover
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODEL = SHARED / "models" / "stories260k-hf"
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A damaged sub-network: the first half of everything, unsorted."""
-    from prunus.checkpoint import save
+    from prunus.models.checkpoint import save
 
     loaded = loading.load(str(MODEL))
     family, whole = family_of(loaded.model.config), full(loaded.model.config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunus.reform import (
+from prunus.reforming.reform import (
     admm,
     closed_form,
     damped,

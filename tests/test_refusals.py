@@ -8,8 +8,8 @@ import pytest
 from tiny import tiny
 
 from prunus.errors import UserError
-from prunus.families import family_of, full
-from prunus.slicing import activate, check_subnetwork
+from prunus.models.families import family_of, full
+from prunus.models.slicing import activate, check_subnetwork
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
 

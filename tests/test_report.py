@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from matplotlib.patches import Rectangle
 
-from prunus import pictures
 from prunus.errors import UserError
-from prunus.pictures import Network, Tried
-from prunus.report import ReportData, markdown, table, write_report
-from prunus.timetable import Grid, Request, Times, Timetable
+from prunus.recording import pictures
+from prunus.recording.pictures import Network, Tried
+from prunus.recording.report import ReportData, markdown, table, write_report
+from prunus.timing.timetable import Grid, Request, Times, Timetable
 
 N_LAYERS = 6
 TEXT = "WikiText-2 test, 5 × 2048 tokens"

@@ -14,7 +14,7 @@ import pytest
 
 from prunus.config import CompressConfig, nest, read_yaml
 from prunus.errors import UserError
-from prunus.run import Run
+from prunus.recording.run import Run
 
 SOURCE = {"id": "tiny", "sha256": "ab" * 32, "kind": "directory"}
 
@@ -100,7 +100,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from prunus import artefact
 from prunus.config import CompressConfig
-from prunus.run import Run
+from prunus.recording.run import Run
 
 def work(directory, keep=(0.8,), again=False):
     config = CompressConfig("tiny", keep=keep).to_dict()

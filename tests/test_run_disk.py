@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from test_run import SOURCE, config, never
 
-from prunus import artefact
 from prunus.errors import UserError
-from prunus.run import Run, read_manifest
+from prunus.recording import artefact
+from prunus.recording.run import Run, read_manifest
 
 
 @pytest.mark.parametrize("rust", [False, True])

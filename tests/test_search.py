@@ -18,12 +18,12 @@ import pytest
 from tiny import CONFIGS
 from toy import Toy, blocks, brute_force, llama_space, tiny_space
 
-from prunus.allocate import allocate
 from prunus.errors import UserError
-from prunus.moves import Prices, fit, gene_errors, mutate, predictor, scatter, settle
-from prunus.search import Found, LevelSettings, front, hypervolume, levels, nsga2, random_search
-from prunus.space import space_of
-from prunus.study import Record, params
+from prunus.searching.allocate import allocate
+from prunus.searching.moves import Prices, fit, gene_errors, mutate, predictor, scatter, settle
+from prunus.searching.search import Found, LevelSettings, front, hypervolume, levels, nsga2, random_search
+from prunus.searching.space import space_of
+from prunus.searching.study import Record, params
 from prunus.subnetwork import LayerShape, SubNetwork
 
 # ------------------------------------------------------------------------------------------------------ moves

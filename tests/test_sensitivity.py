@@ -8,15 +8,15 @@ import pytest
 import torch
 from tiny import tiny, tokens
 
-from prunus.allocate import allocate
-from prunus.costs import layout, parameters
-from prunus.families import dims, family_of, full
-from prunus.levels import Errors
-from prunus.objective import Divergence
-from prunus.sensitivity import Anchor, curves, factors, measure, predict, subnetwork_of, with_level
-from prunus.slicing import activate
-from prunus.space import space_of
-from prunus.stream import LayerStream
+from prunus.models.costs import layout, parameters
+from prunus.models.families import dims, family_of, full
+from prunus.models.slicing import activate
+from prunus.models.stream import LayerStream
+from prunus.reforming.levels import Errors
+from prunus.reforming.sensitivity import Anchor, curves, factors, measure, predict, subnetwork_of, with_level
+from prunus.searching.allocate import allocate
+from prunus.searching.objective import Divergence
+from prunus.searching.space import space_of
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny import CONFIGS, tiny, tokens
 
-from prunus.families import dims, family_of, full
-from prunus.objective import Divergence
-from prunus.sequential import Judge, SequentialSettings, readers_of, refit_all
-from prunus.slicing import Override, activate
-from prunus.stream import LayerStream
+from prunus.models.families import dims, family_of, full
+from prunus.models.slicing import Override, activate
+from prunus.models.stream import LayerStream
+from prunus.reforming.sequential import Judge, SequentialSettings, readers_of, refit_all
+from prunus.searching.objective import Divergence
 from prunus.subnetwork import LayerShape, SubNetwork
 
 

@@ -10,9 +10,9 @@ import pytest
 from toy import Toy, blocks, llama_space, tiny_space
 
 from prunus.errors import UserError
-from prunus.shen import RANGES, ShenSettings, mutate_mask, ranges_of, shen
-from prunus.space import SearchSpace
-from prunus.study import Record
+from prunus.searching.shen import RANGES, ShenSettings, mutate_mask, ranges_of, shen
+from prunus.searching.space import SearchSpace
+from prunus.searching.study import Record
 
 
 def test_mask_mutation_keeps_counts_and_overlap() -> None:

@@ -12,13 +12,13 @@ import torch
 from tiny import tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from prunus import loading
 from prunus.baselines.slicegpt import directions, parameters, rotated
 from prunus.baselines.subject import Subject
 from prunus.baselines.table import ROTATED, TABLE
-from prunus.checkpoint import save
 from prunus.evaluation import parameters as counted
-from prunus.families import family_of
+from prunus.models import loading
+from prunus.models.checkpoint import save
+from prunus.models.families import family_of
 
 
 def logits(model: Any, ids: torch.Tensor | None = None, **options: Any) -> torch.Tensor:

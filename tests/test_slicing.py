@@ -12,9 +12,9 @@ import torch
 from tiny import CONFIGS, indexed, ragged, tiny, tokens
 from torch import Tensor, nn
 
-from prunus.families import AXES, Family, dims, family_of, full
-from prunus.rows import rows
-from prunus.slicing import activate, sort, state_of, take
+from prunus.models.families import AXES, Family, dims, family_of, full
+from prunus.models.rows import rows
+from prunus.models.slicing import activate, sort, state_of, take
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
 every_family = pytest.mark.parametrize("name", CONFIGS)

@@ -9,8 +9,8 @@ import pytest
 from tiny import CONFIGS
 
 from prunus.errors import UserError
-from prunus.families import dims, full
-from prunus.space import SearchSpace, space_of
+from prunus.models.families import dims, full
+from prunus.searching.space import SearchSpace, space_of
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
 UNITS: list[Any] = ["grid", "groups", "none"]

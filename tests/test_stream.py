@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import CONFIGS, ragged, tiny, tokens
 
-from prunus.families import family_of
-from prunus.slicing import activate
-from prunus.stream import LayerStream, inputs_of
+from prunus.models.families import family_of
+from prunus.models.slicing import activate
+from prunus.models.stream import LayerStream, inputs_of
 
 
 @pytest.mark.parametrize("name", CONFIGS)

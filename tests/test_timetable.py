@@ -11,7 +11,7 @@ import pytest
 
 from prunus.errors import UserError
 from prunus.subnetwork import LayerShape, SubNetwork
-from prunus.timetable import (
+from prunus.timing.timetable import (
     Grid,
     Request,
     Times,

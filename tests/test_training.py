@@ -16,15 +16,15 @@ import torch
 from tiny import CONFIGS, ragged, tiny, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunus import adapters, states
 from prunus.errors import UserError
-from prunus.families import family_of, full
-from prunus.instructions import Windows
-from prunus.learning import TrainConfig
-from prunus.slicing import activate, extract
+from prunus.models.families import family_of, full
+from prunus.models.slicing import activate, extract
 from prunus.subnetwork import LayerShape, SubNetwork
-from prunus.teaching import Teacher
-from prunus.training import Job, fit
+from prunus.texts.instructions import Windows
+from prunus.training import adapters, states
+from prunus.training.learning import TrainConfig
+from prunus.training.loop import Job, fit
+from prunus.training.teaching import Teacher
 
 CONFIG = TrainConfig(
     length=16, batch=2, steps=4, precision="float32", save_every=2, log_every=1, lr=1e-3, warmup=1, holdout=0
@@ -79,7 +79,7 @@ def test_one_sandwich_step_is_the_sum_of_its_networks(name: str, tmp_path: Path)
     class Stop(Exception):
         pass
 
-    import prunus.training as training
+    import prunus.training.loop as training
 
     class Watching(training.SandwichTrainer):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -320,7 +320,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from test_training import CONFIG, job, losses, weights
-from prunus.training import fit
+from prunus.training.loop import fit
 out = Path(sys.argv[1])
 one = job(out, config=replace(CONFIG, accumulation=int(sys.argv[2]), steps=3, rank=int(sys.argv[3]), kd=0.5, ce=0.5))
 history = fit(one).history

@@ -14,12 +14,13 @@ from tiny import ragged, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from words import bytes_bpe, checkpoint, cut, tiny
 
-from prunus import cli, vllm_export
-from prunus.checkpoint import verify
+from prunus import cli
 from prunus.errors import UserError
-from prunus.export import export
-from prunus.families import dims
-from prunus.space import space_of
+from prunus.exporting import vllm_export
+from prunus.exporting.export import export
+from prunus.models.checkpoint import verify
+from prunus.models.families import dims
+from prunus.searching.space import space_of
 from prunus.subnetwork import LayerShape, SubNetwork
 
 ROPE = {"rope_theta": 10000.0}

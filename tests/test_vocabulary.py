@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from words import N_TOKENS, RUNTIME, SPECIAL, bytes_bpe, checkpoint, fields, sentencepiece_bpe, split, tiny
 
 from prunus.errors import UserError
-from prunus.export import TEXT, export
-from prunus.gguf_vocabulary import PRE_TOKENIZERS, vocabulary
+from prunus.exporting.export import TEXT, export
+from prunus.exporting.gguf_vocabulary import PRE_TOKENIZERS, vocabulary
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

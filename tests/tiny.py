@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from prunus.families import dims
+from prunus.models.families import dims
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
 COMMON = dict(

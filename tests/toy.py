@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tiny import CONFIGS
 
-from prunus.space import SearchSpace, space_of
+from prunus.searching.space import SearchSpace, space_of
 from prunus.subnetwork import SubNetwork
 
 

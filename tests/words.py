@@ -12,10 +12,10 @@ from tiny import CONFIGS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from prunus import llamacpp
-from prunus.checkpoint import save
-from prunus.families import family_of
-from prunus.slicing import extract
+from prunus.exporting import llamacpp
+from prunus.models.checkpoint import save
+from prunus.models.families import family_of
+from prunus.models.slicing import extract
 from prunus.subnetwork import SubNetwork
 
 RUNTIME = pytest.mark.skipif(not llamacpp.installed(), reason="needs llama-cpp-python (the extra llama-cpp)")

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import optipfair
 
-from prunus import costs
 from prunus.baselines.shortgpt import influence
 from prunus.baselines.subject import Subject, leavers
-from prunus.calibration import calibration_tokens
 from prunus.evaluation import parameters, perplexity, text_ids
-from prunus.loading import load
 from prunus.machine import environment, words
+from prunus.models import costs
+from prunus.models.loading import load
 from prunus.subnetwork import LayerShape, SubNetwork
+from prunus.texts.calibration import calibration_tokens
 
 
 def main() -> int:

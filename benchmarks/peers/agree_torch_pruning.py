@@ -21,9 +21,9 @@ import torch_pruning as tp
 
 from prunus.baselines import llm_pruner
 from prunus.baselines.subject import Subject, best, even_widths
-from prunus.calibration import calibration_tokens
-from prunus.loading import load
 from prunus.machine import environment, words
+from prunus.models.loading import load
+from prunus.texts.calibration import calibration_tokens
 
 
 def theirs(model: Any, gradients: llm_pruner.Gradients, vector: bool) -> torch.Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from prunus.baselines.subject import Subject
-from prunus.memory import give_back
-from prunus.moments import add_products
-from prunus.stream import LayerStream, inputs_of
+from prunus.models.memory import give_back
+from prunus.models.stream import LayerStream, inputs_of
+from prunus.scoring.moments import add_products
 
 
 @dataclass(frozen=True)

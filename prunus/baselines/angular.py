@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prunus.baselines.activity import activity
 from prunus.baselines.subject import Outcome, Subject, droppable, leavers, without
-from prunus.slicing import extract
+from prunus.models.slicing import extract
 
 
 def compress(subject: Subject, keep: float) -> Outcome:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from prunus import costs
 from prunus.baselines.sleb import least
 from prunus.baselines.subject import FIRST_STAYS, Outcome, Subject
 from prunus.errors import UserError
-from prunus.slicing import extract
+from prunus.models import costs
+from prunus.models.slicing import extract
 from prunus.subnetwork import SubNetwork
 
 Block = tuple[int, str]  # layer, "attention" or "mlp"

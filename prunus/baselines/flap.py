@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus import costs
 from prunus.baselines.activity import Activity, activity
 from prunus.baselines.subject import Outcome, Subject, members
 from prunus.errors import UserError
-from prunus.families import dims, family_of
-from prunus.moments import writer_weight
-from prunus.slicing import Override, extract
+from prunus.models import costs
+from prunus.models.families import dims, family_of
+from prunus.models.slicing import Override, extract
+from prunus.scoring.moments import writer_weight
 from prunus.subnetwork import LayerShape, SubNetwork
 
 # configuration keys that give the writers of a family a bias; phi, gpt_neox, opt and gpt2 have theirs always

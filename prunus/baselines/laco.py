@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunus.baselines.subject import Outcome, Subject, leavers, without
 from prunus.errors import UserError
-from prunus.slicing import extract
+from prunus.models.slicing import extract
 
 MERGED, INTERVAL, LOWEST = 4, 2, 1  # C, I and L of the paper's tables
 TEXTS, LENGTH = 5, 64  # short texts that the similarity is taken from: the heads of calibration windows

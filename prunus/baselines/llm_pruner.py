@@ -16,14 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from prunus import costs
 from prunus.baselines.subject import Outcome, Subject, best, even_widths, largest, members
 from prunus.errors import UserError
-from prunus.families import UNCUT, dims
-from prunus.importance import handing_over_gradients
-from prunus.rows import rows
-from prunus.scores import by_unit
-from prunus.slicing import extract, sort
+from prunus.models import costs
+from prunus.models.families import UNCUT, dims
+from prunus.models.rows import rows
+from prunus.models.slicing import extract, sort
+from prunus.scoring.importance import handing_over_gradients
+from prunus.scoring.scores import by_unit
 from prunus.subnetwork import SubNetwork
 
 Taylor = Literal["vector", "param_first", "param_second", "param_mix"]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from prunus.baselines.subject import Outcome, Subject, best, even_widths, members
-from prunus.families import dims
-from prunus.moments import writer_weight
-from prunus.slicing import extract
+from prunus.models.families import dims
+from prunus.models.slicing import extract
+from prunus.scoring.moments import writer_weight
 
 
 def compress(subject: Subject, keep: float) -> Outcome:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from prunus.baselines.subject import Outcome, Subject
 from prunus.errors import UserError
-from prunus.families import Family
-from prunus.rows import Row, rows
+from prunus.models.families import Family
+from prunus.models.rows import Row, rows
 
 NofM = tuple[int, int]  # so many of each m neighbouring inputs are kept
 

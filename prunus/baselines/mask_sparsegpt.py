@@ -17,7 +17,7 @@ from prunus.baselines.mask_magnitude import NofM, kept_of_matrices, masked, n_m_
 from prunus.baselines.mask_wanda import linear_paths
 from prunus.baselines.subject import Outcome, Subject
 from prunus.errors import UserError
-from prunus.moments import writer_weight
+from prunus.scoring.moments import writer_weight
 
 BLOCK, DAMPING = 128, 0.01
 

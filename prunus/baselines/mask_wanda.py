@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from prunus.baselines.activity import walk
 from prunus.baselines.mask_magnitude import NofM, kept_of_matrices, masked, n_m_mask, top_of
 from prunus.baselines.subject import Outcome, Subject
-from prunus.moments import writer_weight
-from prunus.scores import wanda
+from prunus.scoring.moments import writer_weight
+from prunus.scoring.scores import wanda
 
 
 def compress(subject: Subject, keep: float, *, n_of_m: NofM | None = None) -> Outcome:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 
-from prunus import costs
 from prunus.baselines.shen_search import SLACK, evaluations, sorted_by, space_for
 from prunus.baselines.subject import Outcome, Subject
-from prunus.moves import Prices, scatter
-from prunus.objective import Divergence
-from prunus.slicing import extract, sort
-from prunus.stream import LayerStream
+from prunus.models import costs
+from prunus.models.slicing import extract, sort
+from prunus.models.stream import LayerStream
+from prunus.searching.moves import Prices, scatter
+from prunus.searching.objective import Divergence
 
 
 def compress(subject: Subject, keep: float) -> Outcome:

@@ -1,9 +1,9 @@
 """Floor 3: Shen et al. 2024 (arXiv:2409.17372) from beginning to end: importance, evolution, then ADMM.
 
-`prunus.shen` has the evolution with its published probabilities. It stands on the importance of eq. 1-3, judges the
-perplexity of networks that are not reformed on a fixed sample of the calibration text, and the winner's writers are
-reformed by 30 iterations of ADMM (eq. 7-9, mended as docs/search.md says). Only the budget is not theirs: about
-`search_tokens` forward tokens for a network, with populations in the published shares.
+`prunus.searching.shen` has the evolution with its published probabilities. It stands on the importance of eq. 1-3,
+judges the perplexity of networks that are not reformed on a fixed sample of the calibration text, and the winner's
+writers are reformed by 30 iterations of ADMM (eq. 7-9, mended as docs/search.md says). Only the budget is not theirs:
+about `search_tokens` forward tokens for a network, with populations in the published shares.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prunus import costs, importance, levels, moments, shen
 from prunus.baselines.subject import Outcome, Subject
-from prunus.families import dims
-from prunus.objective import Divergence
-from prunus.slicing import extract, sort
-from prunus.space import SearchSpace, space_of
-from prunus.stream import LayerStream
+from prunus.models import costs
+from prunus.models.families import dims
+from prunus.models.slicing import extract, sort
+from prunus.models.stream import LayerStream
+from prunus.reforming import levels
+from prunus.scoring import importance, moments
+from prunus.searching import shen
+from prunus.searching.objective import Divergence
+from prunus.searching.space import SearchSpace, space_of
 
 GENERATIONS = 5  # the rest of the budget goes into the population
 SLACK = 0.005  # how far below the budget a network may stay

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunus import importance
 from prunus.baselines.subject import FIRST_STAYS, Outcome, Subject, droppable, leavers, without
-from prunus.slicing import extract
+from prunus.models.slicing import extract
+from prunus.scoring import importance
 
 
 def compress(subject: Subject, keep: float) -> Outcome:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prunus.baselines.subject import Outcome, Subject, droppable, leavers, without
-from prunus.objective import Divergence
-from prunus.slicing import extract
+from prunus.models.slicing import extract
+from prunus.searching.objective import Divergence
 from prunus.subnetwork import SubNetwork
 
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus import sliced
 from prunus.baselines.subject import Outcome, Subject, largest
 from prunus.errors import UserError
-from prunus.memory import give_back
-from prunus.moments import add_products
-from prunus.ragged import NoMLP
-from prunus.stream import LayerStream
+from prunus.models import sliced
+from prunus.models.memory import give_back
+from prunus.models.ragged import NoMLP
+from prunus.models.stream import LayerStream
+from prunus.scoring.moments import add_products
 from prunus.subnetwork import SubNetwork
 
 DAMPING = 0.01  # of the mean of the diagonal; moves no eigenvector

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunus import costs
 from prunus.errors import UserError
-from prunus.families import Family, family_of, full
 from prunus.machine import Meter, reset_peak
+from prunus.models import costs
+from prunus.models.families import Family, family_of, full
+from prunus.models.stream import LayerStream
 from prunus.progress import Progress, silent
-from prunus.stream import LayerStream
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
 T = TypeVar("T")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from prunus.baselines.activity import activity, walk
 from prunus.baselines.magnitude import by_group, even
 from prunus.baselines.subject import Outcome, Subject, best, even_widths
-from prunus.families import dims
-from prunus.moments import writer_weight
-from prunus.scores import wanda
+from prunus.models.families import dims
+from prunus.scoring.moments import writer_weight
+from prunus.scoring.scores import wanda
 
 
 def compress(subject: Subject, keep: float, *, sequential: bool = True) -> Outcome:

@@ -1,0 +1,379 @@
+"""Floor 5: rival methods and ours on the same model, tokens, budgets and tests: one row for each method and share.
+
+A bench is a run directory whose artefacts are rows: the same command again computes only those that are not there.
+`bench.json` has all rows with the command, machine and versions; `bench.md` and `bench.png` are drawn from it.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus import pipeline
+from prunus.baselines import benchpages, rivals
+from prunus.baselines.subject import Outcome, Spent, Subject
+from prunus.baselines.table import OURS, TABLE, find, names
+from prunus.config import CompressConfig
+from prunus.errors import UserError
+from prunus.evaluation import compare_speed, parameters, perplexity, text_ids
+from prunus.machine import environment, words
+from prunus.models import loading
+from prunus.models.checkpoint import verify
+from prunus.models.loading import Loaded
+from prunus.progress import Progress, silent
+from prunus.recording.artefact import load_json
+from prunus.recording.run import Run, read_manifest
+from prunus.subnetwork import SubNetwork
+from prunus.tasks import task_scores
+from prunus.texts import calibration
+
+STEPS = ("rows",)
+DENSE = "dense"
+REPEATS = 3  # of the measurement of speed
+METHOD_STEPS = ("calibrate", "score", "reform", "search", "extract")  # of a run of ours: what its network took
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a bench is asked for."""
+
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+    calibrations: tuple[str, ...]  # sources, as `calibration.source` names them
+    texts: tuple[str, ...]  # files that every network is scored on; the first is the main one
+    lengths: tuple[tuple[int, int], ...] = ((2048, 5), (128, 24))  # tokens in a window, windows
+    tasks: tuple[str, ...] = ()
+    task_path: str | None = None  # directory of task files for lm-eval
+    task_limit: int | None = None  # documents of each task
+    speed: bool = True
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            if name != OURS:
+                find(name)
+        if not self.methods or not self.keeps or not self.texts or not self.calibrations or not self.lengths:
+            raise UserError("a bench needs at least one method, share, calibration, text and window length")
+        for text in self.texts:
+            if not Path(text).is_file():
+                raise UserError(f"no text file {text!r}; give --text FILE")
+            if Path(text).resolve() in {Path(source).resolve() for source in self.calibrations}:
+                raise UserError(f"{text!r} is test text and calibration text at once; figures on it would mean nothing")
+        for files in (self.texts, self.calibrations):
+            if twins := {name for name in map(_short, files) if [*map(_short, files)].count(name) > 1}:
+                raise UserError(f"rows name files without their directories: give {', '.join(twins)} another name")
+
+
+def chosen(asked: Sequence[str]) -> tuple[str, ...]:
+    """Methods by name; `all` stands for every one, `structured` for those whose networks are smaller."""
+    groups = {"all": names(), "structured": (OURS, *(n for n, one in TABLE.items() if one.structured))}
+    return tuple(dict.fromkeys(name for word in asked for name in groups.get(word, (word,))))
+
+
+def read_lengths(asked: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Windows as they are typed: "2048:5" is 5 windows of 2048 tokens, "128" as many as make 10,240 tokens."""
+    found = []
+    for word in asked:
+        tokens, _, windows = word.partition(":")
+        if not tokens.isdigit() or (windows and not windows.isdigit()) or int(tokens) < 2 or windows == "0":
+            raise UserError(f"--lengths reads TOKENS or TOKENS:WINDOWS, as in 2048:5; given {word!r}")
+        found.append((int(tokens), int(windows) if windows else max(1, 10240 // int(tokens))))
+    return tuple(found)
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows as a terminal has room for them."""
+    values = [key for key in rows[0] if key.startswith("ppl")]
+    return [
+        {
+            "method": row["method"], "calibration": row.get("calibration", ""),
+            "kept": row.get("kept_blocks", row["kept"]),
+            **{key: row.get(key) for key in values}, "seconds": row.get("seconds"),
+            "note": row.get("refused", ""),
+        }
+        for row in rows
+    ]  # fmt: skip
+
+
+def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
+    """All rows of a bench, those that are there already not computed again; returns what bench.json holds.
+
+    config: the model, seed, dtype, calibration windows and settings of all methods; its `keep`, `method` and
+    `calibration.source` are not read. Raises UserError for what cannot be asked, before long work where it is known.
+    """
+    out = Path(out)
+    loaded = loading.load_configured(config, windows=(config.calibration.samples, config.calibration.length))
+    with Run.open(out, recorded(config, plan), asdict(loaded.source), steps=STEPS) as record:
+        bench = _Bench(config, plan, out, progress, loaded, record)
+        rows = everything(record, list(bench.rows()))
+        data = {
+            "command": command(config, plan, out, **_spanned(rows, plan)),
+            "machine": words(),
+            "versions": environment(),
+            "threads": torch.get_num_threads(),
+            "device": str(bench.device),
+            "calibration": {"samples": config.calibration.samples, "length": config.calibration.length},
+            "rows": rows,
+            "views": benchpages.views(rows),
+        }
+        written = benchpages.write(out, data)
+        return {**data, "report": str(written)}
+
+
+def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All rows of a bench, those of earlier commands too: the dense model, then by calibration, method and share."""
+    there = [load_json(record.path(file)) for file in record.manifest["artefacts"] if record.done(file)]
+    refused = [row for row in asked if "refused" in row and row not in there]
+    order = (DENSE, *names())
+    sources = list(dict.fromkeys(row.get("calibration", "") for row in there))
+    return sorted(
+        [*there, *refused],
+        key=lambda row: (
+            row["method"] != DENSE,
+            sources.index(row.get("calibration", "")) if row.get("calibration", "") in sources else len(sources),
+            order.index(row["method"]),
+            -row["kept"],
+        ),
+    )
+
+
+def _spanned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
+    """The methods and shares of all rows, so that one command makes them all."""
+    own = [row for row in rows if row["method"] != DENSE]
+    methods = tuple(dict.fromkeys([*(row["method"] for row in own), *plan.methods]))
+    return {"methods": methods, "keeps": tuple(sorted({*(row["kept"] for row in own), *plan.keeps}, reverse=True))}
+
+
+def recorded(config: CompressConfig, plan: Plan) -> dict[str, Any]:
+    """What must be the same in all rows of a bench; methods, shares and calibrations may be added at any time."""
+    raw = config.to_dict()
+    for key in ("keep", "method", "test_text", "test_length", "test_chunks"):
+        raw.pop(key)
+    raw["calibration"] = {k: v for k, v in raw["calibration"].items() if k != "source"}
+    asked = {"texts": list(plan.texts), "lengths": [list(pair) for pair in plan.lengths], "tasks": list(plan.tasks)}
+    return {**raw, "bench": {**asked, "task_limit": plan.task_limit, "speed": plan.speed}}
+
+
+def command(config: CompressConfig, plan: Plan, out: Path, **only: Any) -> str:
+    """The command line of a bench, or of one of its rows; directories are left out of names."""
+    plan = replace(plan, **only)
+    typed = [
+        "prunus",
+        "bench",
+        _short(config.model),
+        "--methods",
+        *plan.methods,
+        "--keep",
+        *(f"{k:g}" for k in plan.keeps),
+    ]
+    for source in plan.calibrations:
+        typed += ["--calibration", _short(source)]
+    for text in plan.texts:
+        typed += ["--text", _short(text)]
+    typed += ["--lengths", *(f"{length}:{n}" for length, n in plan.lengths)]
+    c = config.calibration
+    typed += [
+        "--samples",
+        str(c.samples),
+        "--length",
+        str(c.length),
+        "--seed",
+        str(config.seed),
+        "--dtype",
+        config.dtype,
+    ]
+    typed += ["--tasks", *plan.tasks] if plan.tasks else []
+    typed += ["--task-path", _short(plan.task_path)] if plan.task_path else []
+    typed += ["--task-limit", str(plan.task_limit)] if plan.task_limit is not None else []
+    typed += [] if plan.speed else ["--no-speed"]
+    return shlex.join([*typed, "--out", _short(str(out))])
+
+
+def _short(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2] if "/" in path else path
+
+
+@dataclass
+class _Bench:
+    """One call of `run`."""
+
+    config: CompressConfig
+    plan: Plan
+    out: Path
+    progress: Progress
+    loaded: Loaded
+    record: Run
+
+    def __post_init__(self) -> None:
+        self.model: nn.Module = self.loaded.model
+        self.device = next(self.model.parameters()).device
+        self.texts = {text: text_ids(text, self.loaded.tokenizer) for text in self.plan.texts}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The dense model's row, then method after method; refused ones say why."""
+        yield self.kept("rows/dense.json", self.dense)
+        for source in self.plan.calibrations:
+            bench = _Source(self, source)
+            for method in self.plan.methods:
+                for keep in sorted(self.plan.keeps, reverse=True):
+                    yield bench.row(method, keep)
+
+    def kept(self, file: str, compute: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self.record.do("rows", file, compute)
+        return found
+
+    def dense(self) -> dict[str, Any]:
+        whole = parameters(self.model)
+        return {
+            "method": DENSE, "kept": 1.0, "kept_blocks": 1.0, "kept_all": 1.0, "parameters": whole["all"],
+            **self.measured(self.model), **self.where(),
+        }  # fmt: skip
+
+    def where(self) -> dict[str, Any]:
+        return {
+            "machine": words(),
+            "versions": environment(),
+            "threads": torch.get_num_threads(),
+            "device": str(self.device),
+        }
+
+    def measured(self, model: nn.Module) -> dict[str, Any]:
+        """Perplexities, task scores and speed of one network. ppl2048 and the like are of the first text."""
+        found: dict[str, Any] = {"perplexity": {}}
+        for number, (text, ids) in enumerate(self.texts.items()):
+            for length, windows in self.plan.lengths:
+                score = perplexity(model, ids, length=length, chunks=windows)
+                entry = {"ppl": score.ppl, "nats": score.nats, "se": score.se, "windows": windows}
+                found["perplexity"].setdefault(_short(text), {})[str(length)] = entry
+                found[f"ppl{length}" if not number else f"ppl{length}_{Path(text).stem}"] = score.ppl
+                found["finite"] = found.get("finite", True) and score.ppl < float("inf")
+        if self.plan.tasks:
+            scores = task_scores(
+                model, self.loaded.tokenizer, self.plan.tasks, path=self.plan.task_path, limit=self.plan.task_limit
+            )
+            found["tasks"] = scores
+            found["task_mean"] = sum(one["score"] for one in scores.values()) / len(scores)
+        if self.plan.speed and model is not self.model:
+            speed = compare_speed(self.model, model, repeats=REPEATS)
+            found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode, "speed": asdict(speed)}
+        return found
+
+
+class _Source:
+    """The rows of one calibration text; its tokens are drawn when the first row needs them."""
+
+    def __init__(self, bench: _Bench, source: str) -> None:
+        self.bench, self.source = bench, source
+        self.name = slug(_short(source))
+        self._subject: Subject | None = None
+
+    @property
+    def subject(self) -> Subject:
+        if self._subject is None:
+            self._subject = rivals.subject_of(self.bench.config, self.bench.model, self.tokens(), self.bench.progress)
+        return self._subject
+
+    def tokens(self) -> Tensor:
+        """The windows that our own run calibrates on with the same settings: same source, seed, number and length."""
+        b, c = self.bench, self.bench.config.calibration
+        n = c.samples + c.holdout
+        with b.progress(f"calibration text: {self.source}", n * c.length):
+            ids = calibration.calibration_tokens(
+                self.source, b.loaded.tokenizer, samples=n, length=c.length, seed=b.config.seed, model=b.model,
+                device=b.device, column=c.column,
+            )  # fmt: skip
+        fit, _ = calibration.split(ids, c.holdout)
+        b.record.note(f"token_hash/{self.name}", calibration.token_hash(fit))
+        return fit.to(b.device)
+
+    def row(self, method: str, keep: float) -> dict[str, Any]:
+        """One row, from its file where that is done."""
+        b = self.bench
+        own = {"method": method, "calibration": self.name, "kept": keep}
+        own["command"] = command(b.config, b.plan, b.out, methods=(method,), keeps=(keep,), calibrations=(self.source,))
+        if method != OURS:
+            refusal = find(method).refusal(str(getattr(b.model.config, "model_type", "")), keep)
+            if refusal:
+                return {**own, "done": False, "refused": refusal}
+
+        def compute() -> dict[str, Any]:
+            with b.progress(f"{method}, {100 * keep:g} %, {self.name}"):
+                found = self.ours(keep) if method == OURS else self.rival(method, keep)
+            if found["done"]:
+                found["peak_mb"] = found["peak_bytes"] / 1e6
+            return {**own, **found, **b.where()}
+
+        try:
+            return b.kept(f"rows/{self.name}/{slug(method)}-{keep:g}.json", compute)
+        except UserError as error:
+            if method != OURS:
+                raise
+            return {**own, "done": False, "refused": str(error)}  # not kept: its reason may pass, a full disk say
+
+    def rival(self, method: str, keep: float) -> dict[str, Any]:
+        baseline, subject = find(method), self.subject
+        try:
+            outcome, spent = subject.run(lambda: baseline.run(subject, keep))
+        except UserError as error:  # a share that a method cannot reach: the others go on
+            return {"done": False, "refused": str(error)}
+        found = _described(outcome, spent, self.bench.model)
+        return {"done": True, **found, "structured": baseline.structured, **self.bench.measured(outcome.model)}
+
+    def ours(self, keep: float) -> dict[str, Any]:
+        """From a run of `compress` beside the rows, which makes the networks of all shares together."""
+        b, folder = self.bench, self.bench.out / "prunus" / self.name
+        there = read_manifest(folder)["config"]["keep"] if (folder / "manifest.json").is_file() else []
+        keeps = tuple(sorted({*there, *b.plan.keeps}, reverse=True))
+        source = replace(b.config.calibration, source=self.source)
+        config = replace(b.config, keep=keeps, method=OURS, calibration=source, device=str(b.device))
+        data = pipeline.compress(config, folder, b.progress)
+        network = next(n for n in data["chosen"] if n["name"] == f"keep-{keep:g}")
+        small = loading.load(str(folder / network["path"]), dtype=b.config.dtype, device=str(b.device), compress=False)
+        steps = [step for step in data["steps"] if step["name"] in METHOD_STEPS]
+        spent = Spent(
+            sum(step["seconds"] for step in steps),
+            sum(step["forward_tokens"] for step in steps),
+            max(step["peak_bytes"] for step in steps),
+            max(step["peak_cuda_bytes"] for step in steps),
+        )
+        layers = SubNetwork.from_json(_manifest_subnetwork(folder / network["path"]))
+        note = f"one run for {len(keeps)} shares: its cost is that of all of them"
+        found = _described(Outcome(small.model, layers, (note,)), spent, b.model)
+        return {"done": True, **found, "structured": True, **b.measured(small.model)}
+
+
+def _manifest_subnetwork(path: Path) -> str:
+    return str(verify(path)["subnetwork"])
+
+
+def _described(outcome: Outcome, spent: Spent, dense: nn.Module) -> dict[str, Any]:
+    sizes = rivals.sizes(outcome, dense)
+    kept = {key: sizes[key] for key in ("kept_blocks", "kept_all", "parameters", "n_bytes")}
+    return {**kept, "notes": list(outcome.notes), "hidden": sizes["hidden"], "layers": sizes["layers"], **asdict(spent)}
+
+
+def slug(text: str) -> str:
+    """A name for files."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "x"
+
+
+def listed() -> dict[str, Any]:
+    """What `prunus bench --list` shows."""
+    ours = {
+        "name": OURS, "what it does": "error curves with a knapsack, evolution, closed-form reformation",
+        "paper": "docs/method.md", "serves": "all families", "smaller network": True,
+    }  # fmt: skip
+    rows = [
+        {
+            "name": one.name, "what it does": one.title, "paper": one.paper, "serves": one.serves,
+            "smaller network": one.structured,
+        }
+        for one in TABLE.values()
+    ]  # fmt: skip
+    return {"methods": [ours, *rows]}

@@ -1,0 +1,163 @@
+"""Floor 5: a run of somebody else's method: calibrated, evaluated, saved and reported as a run of ours."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunus import describe, steps
+from prunus.baselines.subject import Outcome, Subject
+from prunus.baselines.table import OURS, Baseline, find
+from prunus.config import CompressConfig
+from prunus.errors import UserError
+from prunus.evaluation import compare_speed, kl_divergence, parameters
+from prunus.models import checkpoint, costs, loading
+from prunus.models.families import family_of
+from prunus.progress import Progress
+from prunus.recording.report import write_report
+from prunus.recording.run import Run
+from prunus.steps import Session
+
+
+def check(config: CompressConfig) -> Baseline:
+    """The method that a configuration names; raises UserError for what rivals cannot be asked."""
+    baseline = find(config.method)
+    if (
+        config.budget.targets
+        or config.keep_of != "blocks"
+        or config.search.constraint not in (None, "parameters-blocks")
+    ):
+        raise UserError(
+            f"{config.method} goes by shares of the decoder blocks' parameters; give --keep, without --keep-of all, "
+            "other constraints or budgets (both shares are in the report)"
+        )
+    if config.train.data:
+        raise UserError(f"{config.method} is not trained; leave --train out, and give the checkpoint to prunus recover")
+    if config.uniform:
+        raise UserError(f"--uniform is for our own search; {config.method} keeps what it keeps, so leave it out")
+    return baseline
+
+
+def refuse_step(config: CompressConfig, verb: str) -> None:
+    """Raise UserError for a verb that only runs of our own method know."""
+    if config.method != OURS:
+        raise UserError(
+            f"this is a run of the method {config.method}, which has no error curves and no search, so `prunus {verb}` "
+            "cannot go on from it; give `prunus compress` with another --keep"
+        )
+
+
+def refuse(baseline: Baseline, model_type: str, keeps: Sequence[float]) -> None:
+    """Raise UserError for a model, or a share, that a method cannot serve."""
+    for keep in keeps:
+        if refusal := baseline.refusal(model_type, keep):
+            raise UserError(refusal)
+
+
+def compress(config: CompressConfig, out: Path, progress: Progress) -> dict[str, Any]:
+    """A run directory with one checkpoint per share, and its report, as `pipeline.compress` makes them."""
+    baseline = check(config)
+    windows = config.calibration.samples + config.calibration.holdout, config.calibration.length
+    loaded = loading.load_configured(config, windows=windows)
+    refuse(baseline, str(loaded.model.config.model_type), config.keep)
+    with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:
+        family = family_of(loaded.model.config)
+        s = Session(run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
+        run.require_space(len(config.keep) * costs.n_bytes(s.layout, s.whole, s.width), "the checkpoints")
+        ids, holdout = steps.calibrate(s)
+        dense = describe.measure_dense(s)
+        subject = subject_of(config, s.model, ids, progress)
+        chosen, notes = {}, {}
+        for target in config.targets:
+            chosen[target.name], notes[target.name] = _one(
+                s, subject, baseline, target.name, target.value, holdout, dense
+            )
+        command = shlex.join(["prunus", "compress", config.model, "--out", str(out), "--config", f"{out}/config.yaml"])
+        data = describe.report_data(s, None, dense, chosen, command)
+        data["rival"] = {"name": baseline.name, "title": baseline.title, "paper": baseline.paper, "notes": notes}
+        return {**data, "report": str(write_report(run.directory, data))}
+
+
+def subject_of(config: CompressConfig, model: nn.Module, ids: Tensor, progress: Progress) -> Subject:
+    """What a configuration gives every method to work on."""
+    r = config.rival
+    return Subject(
+        model, ids, seed=config.seed, search_tokens=r.search_tokens, window=r.window, gradient_windows=r.gradients,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _one(
+    s: Session, subject: Subject, baseline: Baseline, name: str, keep: float, holdout: Tensor, dense: Any
+) -> tuple[Any, list[str]]:
+    """One network of a method, measured and saved; made only where one of the two is not done."""
+    made: list[Outcome] = []
+
+    def outcome() -> Outcome:
+        if not made:
+            found, spent = subject.run(lambda: baseline.run(subject, keep))
+            s.run.count_tokens(spent.forward_tokens)
+            made.append(found)
+        return made[0]
+
+    def evaluated() -> dict[str, Any]:
+        found = outcome()
+        return {**figures(s, name, found, holdout), "notes": list(found.notes)}
+
+    with s.progress(f"{baseline.name}, {name}"):
+        found: Any = s.run.do("evaluate", f"evaluation/{name}.json", evaluated)
+    notes = found.pop("notes")
+    card, manifest = describe.card(s, name, found, dense), describe.manifest(s, s.whole, found)
+    manifest = {**manifest, "subnetwork": found.pop("subnetwork"), "method": baseline.name}
+
+    def save(model: nn.Module, path: Path) -> None:
+        checkpoint.save(model, s.tokenizer, path, card=card, manifest=manifest, generation_config=s.generation_config)
+
+    s.run.do(
+        "extract", f"models/{name}", lambda: outcome().model, save=save, load=lambda path: nn.Identity(),
+        inputs={"card": card},
+    )  # fmt: skip
+    return {**found, "layers": [tuple(shape) for shape in found["layers"]]}, notes
+
+
+def figures(s: Session, name: str, outcome: Outcome, holdout: Tensor) -> dict[str, Any]:
+    """Sizes and measured figures of one network, as `describe.figures` gives them for ours."""
+    found: dict[str, Any] = {"name": name, **sizes(outcome, s.model), "subnetwork": outcome.sub.to_json()}
+    model = outcome.model
+    kl = kl_divergence(model, s.model, holdout.flatten().cpu(), length=holdout.shape[1], chunks=len(holdout), bos=False)
+    s.run.count_tokens(2 * holdout.numel())
+    found |= {"kl_nats": kl.mean_nats, "kl_se": kl.se or 0.0}
+    if not math.isfinite(found["kl_nats"]):
+        raise UserError(f"{name}: the network gives no finite divergence; use --dtype float32")
+    found |= describe.judged(s, model)
+    speed = compare_speed(s.model, model)
+    return found | {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
+
+
+def sizes(outcome: Outcome, dense: nn.Module) -> dict[str, Any]:
+    """What a network counts, everything that it holds included; masks by what is not zero."""
+    model, sub = outcome.model, outcome.sub
+    own, whole = parameters(model), parameters(dense)
+    zeros = {"blocks": 0, "all": 0}
+    if own == whole:  # the dense shape: a mask, or nothing was asked
+        layers = model.get_submodule(family_of(dense.config).layers)
+        gone = sum(int((p == 0).sum()) for p in layers.parameters() if p.ndim == 2)
+        zeros = {"blocks": gone, "all": gone}
+    return {
+        "kept_blocks": (own["blocks"] - zeros["blocks"]) / whole["blocks"],
+        "kept_all": (own["all"] - zeros["all"]) / whole["all"],
+        "parameters": own["all"],
+        "n_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "hidden": sub.hidden,
+        "layers": [(x.kv_heads, x.q_per_kv, x.mlp) for x in sub.layers],
+        "uniform": not str(getattr(model.config, "model_type", "")).startswith("prunus_"),
+    }
+
+
+__all__ = ["OURS", "check", "compress", "figures", "refuse", "refuse_step", "sizes", "subject_of"]

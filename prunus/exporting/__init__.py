@@ -1,0 +1,1 @@
+"""Checkpoints for other programs: GGUF for llama.cpp, ONNX, vLLM; each verified."""

@@ -1,0 +1,64 @@
+"""Floor 4: rows of a results file as Markdown tables: what `prunus bench` writes and `benchmarks/render.py` redraws.
+
+A results file has "rows" (plain data), "views" (how to show them), "command", "machine" and "versions"; the views are
+described in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prunus.recording.report import table
+
+
+def view(data: Mapping[str, Any], wanted: str, origin: str) -> str:
+    """One view as Markdown: its table, a sentence, and what was typed where to get it; wanted "": the first one."""
+    views: Mapping[str, Any] = data["views"]
+    one = views[wanted] if wanted else next(iter(views.values()))
+    rows = [row for row in data["rows"] if all(row.get(k) == v for k, v in one.get("where", {}).items())]
+    parts = [across(rows, one) if "across" in one else columns(rows, one)]
+    parts += [one["note"]] if "note" in one else []
+    versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
+    parts.append(f"`{data['command']}` on {data['machine']}; {versions}. Figures: `{origin}`.")
+    return "\n\n".join(parts)
+
+
+def columns(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
+    """A table with a line for each row: `columns` lists [key, title, format]."""
+    head = [title for _, title, _ in one["columns"]]
+    return table(head, [[number(row.get(key), form) for key, _, form in one["columns"]] for row in rows])
+
+
+def across(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
+    """A table with a line for each `index` and a column for each value of `across`; the best of a column is bold.
+
+    `best` is "min" or "max"; rows whose `index` is in `reference` (the dense model, say) are not compared.
+    """
+    lines = list(dict.fromkeys(row[one["index"]] for row in rows))
+    heads = list(dict.fromkeys(row[one["across"]] for row in rows))
+    value = {(row[one["index"]], row[one["across"]]): row.get(one["value"]) for row in rows}
+    best = {}
+    if "best" in one:
+        choose = {"min": min, "max": max}[one["best"]]
+        for head in heads:
+            rivals = [value.get((line, head)) for line in lines if line not in one.get("reference", [])]
+            best[head] = choose((v for v in rivals if v is not None), default=None)
+    body = []
+    for line in lines:
+        cells = [str(line)]
+        for head in heads:
+            v = value.get((line, head))
+            text = number(v, one["format"])
+            bold = v is not None and v == best.get(head) and line not in one.get("reference", [])
+            cells.append(f"**{text}**" if bold else text)
+        body.append(cells)
+    titles = [number(head, one.get("across_format", "")) for head in heads]
+    return table([one["title"], *titles], body)
+
+
+def number(value: Any, form: str) -> str:
+    """A cell: a dash for what was not measured."""
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, str) else format(value, form)

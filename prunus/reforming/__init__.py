@@ -1,0 +1,1 @@
+"""The weights that are kept take over the work of those that are not."""

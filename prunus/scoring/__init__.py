@@ -1,0 +1,1 @@
+"""How important each unit is: formulas, and what the calibration text says about them."""

@@ -1,0 +1,1 @@
+"""Where tokens come from: files, data sets, the model's own samples, instructions."""

@@ -1,0 +1,173 @@
+"""Floor 3: which sub-networks a training sees: drawn at random, or the best of every bin of parameter counts.
+
+A uniform draw of widths is a skewed draw of sizes: products of uniform numbers are mostly small. So sizes are cut into
+K bins of equal width and each gets one network, which cures the skew (Sukthanker et al. 2024, arXiv:2410.06479v1,
+sec. 4.1: "calibrated" sampling; the linear grid is of its code).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from prunus.errors import UserError
+from prunus.models.families import Family
+from prunus.models.slicing import state_of
+from prunus.searching.grids import Space, along
+from prunus.searching.space import Cost
+from prunus.subnetwork import SubNetwork
+
+Sampler = Literal["random", "grid", "grid-params", "calibrated-magnitude", "calibrated-ppl", "calibrated-kl"]
+Strategy = Literal["standard", "random", "sandwich", "sandwich-grid"]
+Score = Callable[[SubNetwork], float]  # lower is better
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bin of sizes: low <= cost < high."""
+
+    low: float
+    high: float
+    candidates: tuple[SubNetwork, ...]
+    chosen: SubNetwork | None  # None where the bin stayed empty
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What sub-networks are drawn from."""
+
+    networks: tuple[SubNetwork, ...]  # smallest and largest among them; empty: drawn from the space anew each time
+    bins: tuple[Bin, ...] = ()
+    attempts: int = 0
+
+    @property
+    def empty(self) -> tuple[tuple[float, float], ...]:
+        """Bins that no draw fell into."""
+        return tuple((one.low, one.high) for one in self.bins if one.chosen is None)
+
+
+def magnitude(model: nn.Module, family: Family) -> Score:
+    """Minus the sum of a sub-network's absolute weights, tied ones once: the largest is best (as in their code)."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+
+    def score(sub: SubNetwork) -> float:
+        with torch.no_grad():
+            return -sum(float(t.float().abs().sum()) for k, t in state_of(model, family, sub).items() if k not in tied)
+
+    return score
+
+
+def fill(space: Space, cost: Cost, *, bins: int, draws: int, trials: int, rng: random.Random) -> tuple[list[Bin], int]:
+    """Up to `draws` different networks of every bin between the smallest and the largest, by rejection.
+
+    Random networks go into the bin that they fall into while it has room, which is what drawing for each bin until one
+    falls into it gives, at less cost. Ends when all bins are full or after `trials` x `bins` attempts.
+    Returns the bins, none of them decided yet, and the number of attempts.
+    """
+    least, most = cost(space.smallest()), cost(space.largest())
+    if not least < most:
+        raise UserError("all sub-networks of this space have one size, so there are no bins to draw from")
+    found: list[dict[SubNetwork, None]] = [{} for _ in range(bins)]
+    attempts, missing = 0, bins * draws
+    while attempts < trials * bins and missing:
+        attempts += 1
+        sub = space.sample(rng)
+        k = min(bins - 1, int((cost(sub) - least) / (most - least) * bins))
+        if len(found[k]) < draws and sub not in found[k]:
+            found[k][sub] = None
+            missing -= 1
+    edges = [least + (most - least) * k / bins for k in range(bins + 1)]
+    return [Bin(edges[k], edges[k + 1], tuple(subs), None) for k, subs in enumerate(found)], attempts
+
+
+def pool_of(
+    space: Space,
+    cost: Cost,
+    sampler: Sampler,
+    *,
+    bins: int = 22,
+    draws: int = 10,
+    trials: int = 1000,
+    seed: int = 0,
+    score: Score | None = None,
+    advance: Callable[[int], None] = lambda n: None,
+) -> Pool:
+    """The networks that a training draws from.
+
+    "random": the whole space; "grid": `bins` steps from the smallest to the largest along every gene at once;
+    "grid-params": one random network of each bin; "calibrated-...": the one of `draws` in each bin with the best score.
+    score: needed for the calibrated ones. advance is told the bins that are decided.
+    Raises UserError where no bin holds any network.
+    """
+    ends = (space.smallest(), space.largest())
+    if sampler == "random":
+        return Pool(())
+    if sampler == "grid":
+        return Pool(_unique([along(space, k / (bins - 1)) for k in range(bins)] if bins > 1 else ends))
+    rng = random.Random(f"{sampler == 'grid-params'} {seed}")
+    one = sampler == "grid-params"
+    if not one and score is None:
+        raise ValueError(f"{sampler} needs a score")
+    filled, attempts = fill(space, cost, bins=bins, draws=1 if one else draws, trials=trials, rng=rng)
+    if not any(b.candidates for b in filled):
+        raise UserError(
+            f"none of {attempts} draws fell into a bin; give more attempts (train.trials) or another --space"
+        )
+    decided = []
+    for b in filled:
+        best = (
+            b.candidates[0] if one and b.candidates else min(b.candidates, key=score, default=None) if score else None
+        )
+        decided.append(Bin(b.low, b.high, b.candidates, best))
+        advance(1)
+    chosen = [b.chosen for b in decided if b.chosen is not None]
+    return Pool(_unique([ends[0], *chosen, ends[1]]), tuple(decided), attempts)
+
+
+def _unique(subs: Iterable[SubNetwork]) -> tuple[SubNetwork, ...]:
+    return tuple(dict.fromkeys(subs))
+
+
+def draw_of(
+    space: Space, pool: Pool, strategy: Strategy, n_drawn: int
+) -> Callable[[random.Random], Sequence[SubNetwork | None]]:
+    """The networks of one step, None for the full one, as a function of a generator.
+
+    "standard": the full network. "random": one drawn. "sandwich": full, `n_drawn` drawn, smallest (eq. 1 of the paper).
+    "sandwich-grid": full and `n_drawn` drawn (its code: 3).
+    """
+    whole, least = space.largest(), space.smallest()
+
+    def one(rng: random.Random) -> SubNetwork | None:
+        sub = rng.choice(pool.networks) if pool.networks else space.sample(rng)
+        return None if sub == whole else sub
+
+    def draw(rng: random.Random) -> Sequence[SubNetwork | None]:
+        if strategy == "standard":
+            return [None]
+        if strategy == "random":
+            return [one(rng)]
+        drawn = [one(rng) for _ in range(n_drawn)]
+        return [None, *drawn, least] if strategy == "sandwich" else [None, *drawn]
+
+    return draw
+
+
+def histogram(
+    space: Space, cost: Cost, pool: Pool | None, *, bins: int = 21, n: int = 2000, seed: int = 0
+) -> list[int]:
+    """How many of n draws fall into each of `bins` bins of size: of a pool, or of the space itself."""
+    rng, counts = random.Random(f"histogram {seed}"), [0] * bins
+    least, most = cost(space.smallest()), cost(space.largest())
+    for _ in range(n):
+        sub = rng.choice(pool.networks) if pool and pool.networks else space.sample(rng)
+        counts[min(bins - 1, int((cost(sub) - least) / (most - least) * bins))] += 1
+    return counts
+
+
+__all__ = ["Bin", "Pool", "Sampler", "Strategy", "draw_of", "fill", "histogram", "magnitude", "pool_of"]

@@ -1,0 +1,173 @@
+"""Floor 5: the verb `recover`: one network learns from the model that it was cut out of, by distillation."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prunus import machine
+from prunus.config import CompressConfig
+from prunus.errors import UserError
+from prunus.models import checkpoint, loading
+from prunus.models.families import family_of
+from prunus.models.loading import Loaded
+from prunus.progress import Progress, silent
+from prunus.texts.instructions import windows_of
+from prunus.training import adapters
+from prunus.training.loop import Fitted, Job, arguments, fit, identity, is_main, trainer_steps
+from prunus.training.teaching import Teacher
+
+
+def recover(
+    config: CompressConfig, teacher: str | None, out: str | Path, progress: Progress = silent
+) -> dict[str, Any]:
+    """Train the checkpoint that `config.model` names on `config.train.data`, and write the result to `out`.
+
+    teacher: the model to imitate (the one that the checkpoint came from, usually); None: cross entropy alone.
+    The states of the training lie in `<out>.training` until it is done: the same call goes on after a stop, and does
+    nothing once the result is there.
+    Returns plain data: tokens, seconds, nats per token on held-out windows before and after. Raises UserError for what
+    the user can mend, before any training.
+    """
+    target, c = Path(out), config.train
+    if c.data is None:
+        raise UserError("no training data were named; give --train FILE (.jsonl rows or text)")
+    checkpoint.refuse_foreign(target.absolute())
+    student = _load(config, config.model)
+    positions = getattr(student.model.config, "max_position_embeddings", None)
+    windows, holdout = windows_of(c, student.tokenizer, positions, config.seed)
+    dense = _load(config, teacher) if teacher else None
+    if dense is not None:
+        _refuse_unlike(student, dense)
+    family, dtype = family_of(student.model.config), next(student.model.parameters()).dtype
+    if c.rank:
+        adapters.attach(
+            student.model, family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt, seed=config.seed
+        )  # fmt: skip
+    else:
+        student.model.float()
+    folder = target.with_name(f"{target.name}.training")
+    taught = Teacher(dense.model, folder, windows.ids, dense.source.sha256) if dense is not None else None
+    job = Job(
+        student.model, family, windows, c, folder, seed=config.seed, teacher=taught, holdout=holdout,
+        belongs_to={"checkpoint": student.source.sha256, "teacher": dense.source.sha256 if dense else None},
+    )  # fmt: skip
+    args = arguments(job)
+    own = identity(job, args.world_size)
+    if (done := _finished(target, own)) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return {**done, "checkpoint": str(target)}
+    with progress("training", trainer_steps(job, args)) as advance:
+        job.advance = advance
+        fitted = fit(job)
+    found = {**_figures(job, fitted, config, teacher), "identity": own}
+    if is_main():
+        adapters.merge(student.model)
+        student.model.to(dtype)
+        _save(student, target, found)
+        shutil.rmtree(folder, ignore_errors=True)
+    return {**found, "checkpoint": str(target)}
+
+
+def _finished(target: Path, own: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The figures of the same training, where it is done already; UserError where `target` holds another network."""
+    if not (target / checkpoint.MANIFEST).is_file():
+        return None
+    found: dict[str, Any] = checkpoint.verify(target).get("recovery", {})
+    if found.get("identity") == own:
+        return found
+    raise UserError(f"{str(target)!r} holds another network already; choose another --out, or delete it")
+
+
+def own_device(device: str) -> str:
+    """Of the CUDA devices that several processes share ("cuda"), this process's own."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
+
+
+def _load(config: CompressConfig, model: str) -> Loaded:
+    return loading.load(
+        model, revision=config.revision if model == config.model else None, dtype=config.dtype,
+        device=own_device(config.device),
+        trust_remote_code=config.trust_remote_code, compress=False,
+    )  # fmt: skip
+
+
+def _refuse_unlike(student: Loaded, teacher: Loaded) -> None:
+    sizes = [int(one.model.config.vocab_size) for one in (student, teacher)]
+    probe = "The quick brown fox, 12 times."
+    if sizes[0] != sizes[1] or student.tokenizer(probe)["input_ids"] != teacher.tokenizer(probe)["input_ids"]:
+        raise UserError(
+            f"the teacher {teacher.source.id!r} has another vocabulary ({sizes[1]} tokens, the checkpoint's "
+            f"{sizes[0]}); give the model that the checkpoint was made from"
+        )
+
+
+def _figures(job: Job, fitted: Fitted, config: CompressConfig, teacher: str | None) -> dict[str, Any]:
+    scored = [row for row in fitted.history if "eval_loss" in row]
+    names = {"eval_network_nats": "nats", "eval_network_kl": "kl_nats"}
+    ends = {
+        when: {short: row[long] for long, short in names.items() if long in row}
+        for when, row in zip(("before", "after"), (scored[0], scored[-1]), strict=True)
+    } if scored else {}  # fmt: skip
+    return {
+        "model": config.model,
+        "teacher": teacher,
+        "data": Path(str(config.train.data)).name,
+        "windows": len(job.windows),
+        "truncated_rows": job.windows.truncated,
+        "skipped_rows": job.windows.skipped,
+        "steps": fitted.steps,
+        "tokens": fitted.tokens,
+        "seconds": fitted.seconds,
+        "held_out": ends,
+        "history": fitted.history,
+        "settings": {key: value for key, value in vars(job.config).items() if key != "data"},
+    }
+
+
+def _save(student: Loaded, target: Path, found: Mapping[str, Any]) -> None:
+    origin: dict[str, Any] = {}
+    path = Path(str(student.source.id)) / checkpoint.MANIFEST
+    if path.is_file():
+        origin = json.loads(path.read_text(encoding="utf-8"))
+        origin.pop("files", None)
+        origin.pop("figures", None)  # they are the untrained network's
+    manifest = {**origin, "recovery": dict(found), "environment": machine.environment()}
+    checkpoint.save(
+        student.model, student.tokenizer, target, card=_card(found, origin), manifest=manifest,
+        generation_config=student.generation_config,
+    )  # fmt: skip
+
+
+def _card(found: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+    base = origin.get("source", {}).get("id") or found["model"]
+    rows = "\n".join(
+        f"| {name} | {ends['nats']:.4f} | {ends.get('kl_nats', float('nan')):.4f} |"
+        for name, ends in found["held_out"].items()
+    )
+    taught = f"it learnt from {Path(str(found['teacher'])).name}" if found["teacher"] else "without a teacher"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+base_model: {base}
+tags: [prunus, compressed]
+---
+# A smaller network inside {Path(str(base)).name}, trained further
+
+Cut out by Prunus and then trained on {found["tokens"]:,} tokens of {found["data"]}; {taught}.
+
+| held-out windows | nats per token | divergence from the teacher |
+|---|---:|---:|
+{rows}
+
+Load it with `AutoModelForCausalLM.from_pretrained`; where its layers differ in width, with
+`trust_remote_code=True`. The licence is that of the original model, and that of the training data may matter.
+"""
+
+
+__all__ = ["recover"]

@@ -1,0 +1,260 @@
+"""Floor 5: the step `train`: the sorted super-network learns so that its prefixes are good networks by themselves.
+
+It starts from the sorted dense weights: reformed weights differ from level to level, so no one super-network holds
+them. What comes after (errors, search, reformation, the sequential pass) works on the trained weights as on a dense
+model's.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus import machine
+from prunus.errors import UserError
+from prunus.evaluation import perplexity
+from prunus.models import checkpoint, costs
+from prunus.models.families import dims, full
+from prunus.models.slicing import activate, sort
+from prunus.recording.artefact import remove
+from prunus.scoring import importance
+from prunus.searching.grids import Space, cuts_hidden, grid_of
+from prunus.searching.objective import Divergence
+from prunus.steps import Session, measure_moments, sort_model
+from prunus.subnetwork import SubNetwork
+from prunus.texts.instructions import Windows, windows_of
+from prunus.training import adapters, draws
+from prunus.training.loop import Job, arguments, check_installed, fit, trainer_steps
+from prunus.training.teaching import Teacher
+
+WATCHED = (1.0, 0.5, 0.0)  # how far up its pool the networks stand that are watched while training
+log = logging.getLogger(__name__)
+
+
+def check(s: Session) -> None:
+    """Raise UserError for what the training cannot do, before any long work; nothing where it is done already."""
+    c = s.config.train
+    if s.run.done("supernet"):
+        return
+    if not c.sort:
+        raise UserError(
+            "train.sort is false, but a run reads its widths as prefixes of the sorted super-network; the unsorted "
+            "samplers are for comparison: benchmarks/train.py"
+        )
+    text = s.config.test_text
+    if text and Path(text).resolve() == Path(str(c.data)).resolve():
+        raise UserError(f"{text!r} is test text and training text at once; figures on it would mean nothing")
+    check_installed()
+    if c.rank:
+        adapters.check(s.model, s.family, c.adapt)
+    _windows(s)
+
+
+def _windows(s: Session) -> tuple[Windows, Windows | None]:
+    positions = getattr(s.model.config, "max_position_embeddings", None)
+    return windows_of(s.config.train, s.tokenizer, positions, s.config.seed)
+
+
+def train(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Train the super-network of a run (**in place**), or load it; returns the orders that are left: none.
+
+    ids: calibration windows; the second moments that reformation needs are taken anew from the trained weights.
+    """
+    space = space_of_run(s)
+    _sort(s, ids, orders, space)
+
+    def load(path: Path) -> nn.Module:
+        from safetensors.torch import load_file
+
+        state = {key: value for file in sorted(path.glob("*.safetensors")) for key, value in load_file(file).items()}
+        missing, unexpected = s.model.load_state_dict(state, strict=False)
+        tied = set(getattr(s.model, "all_tied_weights_keys", None) or ())
+        if unexpected or set(missing) - tied:
+            raise UserError(f"{str(path)!r} holds another model; delete it, and the step is done again")
+        return s.model
+
+    def save(model: nn.Module, path: Path) -> None:
+        manifest = {
+            "source": dict(s.run.source),
+            "train": s.run.notes.get("train"),
+            "environment": machine.environment(),
+        }
+        checkpoint.save(
+            model, s.tokenizer, path, card=_card(s), manifest=manifest, generation_config=s.generation_config
+        )  # fmt: skip
+
+    s.run.do("train", "supernet", lambda: _train(s, ids, orders, space), save=save, load=load)
+    _clear_states(s)
+    s.tier = "-trained"
+    measure_moments(s, ids, "train")
+    d, n = dims(s.model.config), len(s.stream)
+    return {
+        "kv_heads": torch.arange(d["kv_heads"]).repeat(n, 1),
+        "q_per_kv": torch.arange(d["q_per_kv"]).repeat(n, d["kv_heads"], 1),
+        "mlp": torch.arange(d["mlp"]).repeat(n, 1),
+    }
+
+
+def _clear_states(s: Session) -> None:
+    """States of a finished training are of no more use, and large; its log stays."""
+    for path in (*s.run.path("training").glob("checkpoint-*"), *s.run.path("training").glob("teacher-*")):
+        remove(path)
+
+
+def space_of_run(s: Session) -> Space:
+    """The space that the training draws from."""
+    return grid_of(s.model.config, s.config.train.space, mlp_step=s.config.search.mlp_step)
+
+
+def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor], space: Space) -> None:
+    """Most important members first; hidden channels too where sub-networks may drop some."""
+    sort_model(s, orders)
+    if cuts_hidden(space):
+
+        def hidden() -> dict[str, Tensor]:
+            with s.progress("order of hidden channels"):
+                found = importance.score(s.model, s.family, ids[:8], method="activation").order()["hidden"]
+            assert isinstance(found, Tensor)
+            return {"hidden": found.contiguous()}
+
+        sort(s.model, s.family, dict(s.run.do("train", "hidden.safetensors", hidden)))
+
+
+def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> nn.Module:
+    c, dtype = s.config.train, next(s.model.parameters()).dtype
+    windows, holdout = _windows(s)
+    pool = _pool(s, ids, orders, space)
+    folder = s.run.grow("train", "training")
+    folder.mkdir(exist_ok=True)
+    teacher = None
+    if c.teacher == "dense":
+        dense = copy.deepcopy(s.model)
+        teacher = Teacher(dense, folder, windows.ids, f"{s.run.source.get('sha256')}")
+    if c.rank:
+        adapters.attach(
+            s.model, s.family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt, seed=s.config.seed
+        )
+    else:
+        s.model.float()
+    draw = draws.draw_of(space, pool, c.strategy, c.drawn)
+    job = Job(
+        s.model, s.family, windows, c, folder, seed=s.config.seed, teacher=teacher, holdout=holdout,
+        draw=draw, watched=_watched(s, space, pool),
+        belongs_to={"model": s.run.source.get("sha256"), "pool": [space.key(), *(n.key() for n in pool.networks)]},
+    )  # fmt: skip
+    with s.progress("training", trainer_steps(job, arguments(job))) as advance:
+        job.advance = advance
+        fitted = fit(job)
+    s.run.count_tokens(fitted.tokens * 3 * len(draw(random.Random(0))))  # a backward counts as two forwards
+    adapters.merge(s.model)
+    s.model.to(dtype)
+    s.run.note(
+        "train",
+        {
+            "data": Path(str(c.data)).name, "windows": len(windows), "tokens": fitted.tokens, "steps": fitted.steps,
+            "seconds": fitted.seconds, "truncated_rows": windows.truncated, "skipped_rows": windows.skipped,
+            "pool": len(pool.networks), "empty_bins": len(pool.empty), "bins": len(pool.bins),
+            "held_out": [row for row in fitted.history if "eval_loss" in row],
+        },
+    )  # fmt: skip
+    return s.model
+
+
+def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> draws.Pool:
+    """The networks that are drawn, from the run where they were chosen before."""
+    c = s.config.train
+
+    def cost(sub: SubNetwork) -> float:
+        return float(costs.parameters(s.layout, sub, "all"))
+
+    def choose() -> dict[str, Any]:
+        n = 0 if c.sampler in ("random", "grid") else c.bins
+        with s.progress(f"networks to train, {c.sampler}", n) as advance:
+            found = draws.pool_of(
+                space, cost, c.sampler, bins=c.bins, draws=c.draws, trials=c.trials, seed=s.config.seed,
+                score=_score(s, ids, orders), advance=advance,
+            )  # fmt: skip
+        if found.empty:
+            named = ", ".join(f"{low / 1e6:.3g}-{high / 1e6:.3g}" for low, high in found.empty)
+            log.warning(
+                "%d of %d bins of sizes hold no network after %d draws: %s million parameters",
+                len(found.empty), len(found.bins), found.attempts, named,
+            )  # fmt: skip
+        return {
+            "networks": [sub.to_json() for sub in found.networks],
+            "bins": [_as_data(b) for b in found.bins],
+            "attempts": found.attempts,
+            "histogram": {
+                "random": draws.histogram(space, cost, None, seed=s.config.seed),
+                "pool": draws.histogram(space, cost, found, seed=s.config.seed),
+            },
+        }  # fmt: skip
+
+    raw = s.run.do("train", "pool.json", choose)
+    bins = tuple(
+        draws.Bin(b["low"], b["high"], (), SubNetwork.from_json(b["chosen"]) if b["chosen"] else None)
+        for b in raw["bins"]
+    )
+    return draws.Pool(tuple(SubNetwork.from_json(text) for text in raw["networks"]), bins, raw["attempts"])
+
+
+def _as_data(one: draws.Bin) -> dict[str, Any]:
+    chosen = one.chosen.to_json() if one.chosen else None
+    return {"low": one.low, "high": one.high, "candidates": len(one.candidates), "chosen": chosen}
+
+
+def _score(s: Session, ids: Tensor, orders: Mapping[str, Tensor]) -> draws.Score | None:
+    """What the best network of a bin is chosen by; reformed where it is ours and no hidden channel goes."""
+    sampler = s.config.train.sampler
+    if sampler == "calibrated-magnitude":
+        return draws.magnitude(s.model, s.family)
+    if not sampler.startswith("calibrated"):
+        return None
+    windows = ids[:2, : min(512, ids.shape[1])]
+    if sampler == "calibrated-ppl":
+
+        def ppl(sub: SubNetwork) -> float:
+            s.run.count_tokens(windows.numel())
+            with activate(s.model, s.family, sub):
+                return perplexity(s.model, windows.flatten(), length=windows.shape[1], bos=False).nats
+
+        return ppl
+    database = sort_model(s, orders)
+    kl = Divergence(s.stream, windows, database, windows=(len(windows),), seed=s.config.seed)
+
+    def nats(sub: SubNetwork) -> float:
+        kl.forward_tokens = 0.0
+        found = sum(kl.measure([sub], range(len(windows)))[0])
+        s.run.count_tokens(round(kl.forward_tokens))
+        return found
+
+    return nats
+
+
+def _watched(s: Session, space: Space, pool: draws.Pool) -> dict[str, SubNetwork | None]:
+    """A few networks from the largest to the smallest."""
+    rng = random.Random(f"watched {s.config.seed}")
+    some = pool.networks or (space.smallest(), space.sample(rng), space.largest())
+    ranked = sorted(some, key=lambda sub: costs.parameters(s.layout, sub, "all"))
+    chosen = {ranked[round(share * (len(ranked) - 1))] for share in WATCHED} | {full(s.model.config)}
+    return {f"{costs.parameters(s.layout, sub, 'all') / 1e6:.1f}M": sub for sub in chosen}
+
+
+def _card(s: Session) -> str:
+    note = s.run.notes.get("train", {})
+    return f"""# A trained super-network: {s.run.source.get("id")}
+
+Its heads, neurons and channels are sorted, most important first, and it was trained on {note.get("tokens", 0):,}
+tokens of {note.get("data")} so that its prefixes are good networks by themselves.
+It is an ordinary checkpoint of the full size.
+"""
+
+
+__all__ = ["check", "space_of_run", "train"]
