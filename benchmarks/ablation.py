@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+import record
+
 from prunus.config import resolve
-from prunus.machine import environment, words
 from prunus.pipeline import compress, step
 from prunus.progress import LineProgress
 
@@ -83,24 +82,13 @@ def main() -> int:
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The results file, as benchmarks/render.py reads it."""
     pivot = {"title": "kept of the blocks", "index": "step", "across": "kept", "across_format": ".0%", "best": "min"}
-    names = [re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:]]
-    results = {
-        "command": shlex.join(["python", "benchmarks/ablation.py", *names]),
-        "machine": words(),
-        "versions": environment(),
-        "rows": rows,
-        "views": {
-            "main": {
-                **pivot,
-                "value": "kl_nats",
-                "format": ".4f",
-                "note": "KL to the dense model on held-out text, nats.",
-            },
-            "perplexity": {**pivot, "value": "perplexity", "format": ".2f", "note": "First 5 windows of 2048 tokens."},
+    views = {
+        "main": {
+            **pivot, "value": "kl_nats", "format": ".4f", "note": "KL to the dense model on held-out text, nats.",
         },
-    }
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+        "perplexity": {**pivot, "value": "perplexity", "format": ".2f", "note": "First 5 windows of 2048 tokens."},
+    }  # fmt: skip
+    record.write(options.results, rows, views)
 
 
 if __name__ == "__main__":

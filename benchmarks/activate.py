@@ -1,24 +1,23 @@
-"""What `activate` costs, on the shapes of SmolLM2-135M with random weights; prints JSON.
+"""What `activate` costs, on the shapes of SmolLM2-135M with random weights: benchmarks/results/activate.json.
 
 1. Milliseconds to enter and leave it. 2. A forward under it against the same forward of the extracted model,
 interleaved (A B B A ...), so that a busy machine disturbs both alike; the ratio is the median over pairs. Times are
 wall clock and processor time of this process, because machines are shared.
 
-    python benchmarks/activate.py --threads 1 --repeats 7 --length 256 --dtype float32
+    python benchmarks/activate.py --threads 1 --repeats 9 --length 256
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import random
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
+import record
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prunus.models.families import family_of
@@ -90,38 +89,49 @@ def measure(model: Any, sub: SubNetwork, ids: torch.Tensor, repeats: int) -> dic
     }
 
 
+def views() -> dict[str, Any]:
+    """How benchmarks/render.py shows the rows."""
+    columns = [
+        ["network", "sub-network", ""],
+        ["dtype", "type", ""],
+        ["enter_and_leave_ms", "enter and leave, ms", ".1f"],
+        ["enter_and_leave_cpu_ms", "of the processor, ms", ".1f"],
+        ["extracted_forward_ms", "forward of the extracted model, ms", ".0f"],
+        ["activated_over_extracted", "activated / extracted", ".3f"],
+        ["activated_over_extracted_cpu", "of the processor", ".3f"],
+        ["largest_logit_difference", "largest difference of logits", ".2g"],
+    ]
+    return {"main": {"columns": columns, "note": "Medians; goals: 15 ms for thirty layers, a ratio of 1.05."}}
+
+
 @torch.no_grad()
 def main() -> None:
+    """Measure every candidate in every type, write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "activate.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=HIDDEN,
-        intermediate_size=NEURONS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=GROUPS * PER_GROUP,
-        num_key_value_heads=GROUPS,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
-    model.to(options.device)
-    ids = torch.randint(0, 49152, (options.batch, options.length), device=options.device)
-    found = {
-        "options": vars(options),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "machine": platform.processor() or platform.machine(),
-        "candidates": {name: measure(model, sub, ids, options.repeats) for name, sub in candidates().items()},
-    }
-    print(json.dumps(found, indent=2))
+        vocab_size=49152, hidden_size=HIDDEN, intermediate_size=NEURONS, num_hidden_layers=LAYERS,
+        num_attention_heads=GROUPS * PER_GROUP, num_key_value_heads=GROUPS, head_dim=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    rows = []
+    for dtype in options.dtypes:
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        model.to(options.device)
+        ids = torch.randint(0, 49152, (options.batch, options.length), device=options.device)
+        rows += [
+            {"network": name, "dtype": dtype, **measure(model, sub, ids, options.repeats)}
+            for name, sub in candidates().items()
+        ]
+    record.write(options.results, rows, views(), threads=options.threads, length=options.length)
 
 
 if __name__ == "__main__":

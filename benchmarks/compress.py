@@ -11,16 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
-import shlex
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+import record
+
 from prunus.config import resolve
 from prunus.evaluation import perplexity, text_ids
-from prunus.machine import environment, words
 from prunus.models.loading import load
 from prunus.pipeline import compress
 from prunus.progress import LineProgress
@@ -142,17 +141,7 @@ def main() -> int:
         rows += [{**row, "ours": True, "timed": True} for row in rows_of(name, asked, options)]
     if options.rivals:
         rows += rivals(options.rivals)
-    results = {
-        "command": shlex.join(
-            ["python", "benchmarks/compress.py", *(re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:])]
-        ),
-        "machine": words(),
-        "versions": environment(),
-        "rows": rows,
-        "views": views(),
-    }
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    record.write(options.results, rows, views())
     return 0
 
 

@@ -14,17 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
-import shlex
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 
-from prunus.machine import environment, words
 from prunus.models import costs
 from prunus.models.families import dims, family_of, full
 from prunus.models.loading import load
@@ -238,20 +236,11 @@ def main() -> int:
     if options.runtime == "llama.cpp":
         width = llamacpp_latency.BITS[options.quant] / 8
     rows = rows_of(table, layout, dense, timed, width)
-    arguments = [re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:]]
     note = f"Requests of {request.batch} x {request.prompt} tokens, {request.generate} generated; {options.rounds} "
     note += f"rounds; {key['dtype']}, {key['threads']} threads, {options.clock} clock, {key['runtime']}. "
     note += f"Unrest of the machine {table.spread:.1%}."
-    results = {
-        "command": shlex.join(["python", "benchmarks/latency.py", *arguments]),
-        "machine": words(),
-        "versions": environment(),
-        "rows": rows,
-        "views": {name: {**view, "note": note} for name, view in views().items()},
-        "table": json.loads(table.to_json()),
-    }
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    shown = {name: {**view, "note": note} for name, view in views().items()}
+    record.write(options.results, rows, shown, table=json.loads(table.to_json()))
     if options.picture:
         pictures.save(pictures.staircase(table), options.picture)
     for row in rows:

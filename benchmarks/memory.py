@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import record
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prunus.machine import environment, words
 from prunus.models.loading import load
 
 SHAPES = {
@@ -69,28 +67,17 @@ def main() -> int:
         }
         for name, entry in artefacts.items()
     ]
-    results = {
-        "command": shlex.join(["python", "benchmarks/memory.py", *(re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:])]),
-        "machine": words(),
-        "versions": environment(),
-        "model_gb": n_bytes / 1e9,
-        "rows": rows,
-        "views": {
-            "main": {
-                "columns": [
-                    ["step", "step", ""],
-                    ["artefact", "artefact", ""],
-                    ["peak_gb", "peak, GB", ".2f"],
-                    ["times", "of the model's bytes", ".2f"],
-                    ["allowed_gb", "allowed, GB", ".2f"],
-                    ["seconds", "seconds", ".0f"],
-                ],
-                "note": f"The model's weights are {n_bytes / 1e9:.2f} GB (bfloat16).",
-            }
-        },
-    }
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    columns = [
+        ["step", "step", ""],
+        ["artefact", "artefact", ""],
+        ["peak_gb", "peak, GB", ".2f"],
+        ["times", "of the model's bytes", ".2f"],
+        ["allowed_gb", "allowed, GB", ".2f"],
+        ["seconds", "seconds", ".0f"],
+    ]
+    note = f"The model's weights are {n_bytes / 1e9:.2f} GB (bfloat16)."
+    views = {"main": {"columns": columns, "note": note}}
+    record.write(options.results, rows, views, model_gb=n_bytes / 1e9)
     return 0
 
 

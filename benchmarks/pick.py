@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -21,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prunus.machine import environment, words
+import record
 
 FOLDERS = {"search": ".json", "weights": ".safetensors", "evaluation": ".json", "models": ""}
 
@@ -95,7 +93,6 @@ def main() -> int:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = [row(options.run, keep, refit, options.out) for refit in (None, *options.refit) for keep in options.keep]
-    command = shlex.join(["python", "benchmarks/pick.py", *(re.sub(r"\S*/", "", a) for a in sys.argv[1:])])
     columns = [
         ["windows", "windows of the pass", ""],
         ["kept", "kept", ".0%"],
@@ -108,15 +105,7 @@ def main() -> int:
         ["predicted_off", "off by", "+.1%"],
     ]
     note = "KL on the run's held-out windows; seconds of the whole command, without --measure."
-    results = {
-        "command": command,
-        "machine": words(),
-        "versions": environment(),
-        "rows": rows,
-        "views": {"main": {"columns": columns, "note": note}},
-    }
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    record.write(options.results, rows, {"main": {"columns": columns, "note": note}})
     return 0
 
 

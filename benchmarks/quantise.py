@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import shlex
 import statistics
 import sys
@@ -28,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import record
 from llama_cpp import Llama
 
 from prunus.evaluation import perplexity, text_ids
 from prunus.exporting.export import export
-from prunus.machine import environment, words
+from prunus.machine import environment
 from prunus.models.loading import load
 from prunus.recording.pictures import Figure, save
 
@@ -221,16 +221,8 @@ def main() -> int:
         print(planned(pairs, options))
         return 0
     rows = measured(pairs, options)
-    command = shlex.join(["python", "benchmarks/quantise.py", *(re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:])])
-    results = {
-        "command": command,
-        "machine": words(),
-        "versions": {**environment(), "llama-cpp-python": version("llama-cpp-python")},
-        "rows": rows,
-        "views": views(rows, options),
-    }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    versions = {**environment(), "llama-cpp-python": version("llama-cpp-python")}
+    record.write(options.results, rows, views(rows, options), versions=versions)
     options.picture.parent.mkdir(parents=True, exist_ok=True)
     picture(rows, options.picture)
     return 0

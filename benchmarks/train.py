@@ -16,8 +16,6 @@ import argparse
 import json
 import math
 import random
-import re
-import shlex
 import shutil
 import statistics
 import sys
@@ -25,11 +23,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import record
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunus.evaluation import perplexity, text_ids
-from prunus.machine import environment, words
 from prunus.models import costs
 from prunus.models.families import family_of, full
 from prunus.models.loading import load
@@ -324,19 +322,10 @@ def main() -> int:
     else:
         bench = Bench(options)
         rows = cost(bench, options.out) if options.part == "cost" else samplers(bench, options.out)
-    options.results.parent.mkdir(exist_ok=True)
     before = json.loads(options.results.read_text()) if options.results.exists() else {"rows": [], "commands": {}}
-    own = shlex.join(["python", "benchmarks/train.py", *(re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:])])
-    commands = {**before.get("commands", {}), options.part: own}
-    results = {
-        "command": "; ".join(commands.values()),
-        "commands": commands,
-        "machine": words(),
-        "versions": environment(),
-        "rows": [*(row for row in before["rows"] if row["part"] != options.part), *rows],
-        "views": views(),
-    }
-    options.results.write_text(json.dumps(results, indent=1) + "\n")
+    commands = {**before.get("commands", {}), options.part: record.typed()}
+    rows_of_all = [*(row for row in before["rows"] if row["part"] != options.part), *rows]
+    record.write(options.results, rows_of_all, views(), command="; ".join(commands.values()), commands=commands)
     for row in rows:
         print({k: round(v, 4) if isinstance(v, float) and math.isfinite(v) else v for k, v in row.items()})
     return 0
