@@ -72,7 +72,7 @@ def _run_method(
         if c.method == "levels":
             return search.levels(
                 p.space, p.objective, s.cost, window, start=seeds, seed=seed, record=record, settings=settings,
-                predict=lambda sub: sensitivity.predict(p.curves, sub), progress=tick,
+                predict=_prediction(p), progress=tick,
             )  # fmt: skip
         if c.method == "random":
             return search.random_search(
@@ -109,7 +109,7 @@ def _nsga2(
 
 def allocated(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
     """The allocation that the curves call best within a budget."""
-    if s.config.uniform:
+    if p.space.uniform:
         return _allocated_uniform(s, p, budget)
     rest = s.cost(s.whole) - sum(curve.costs[0] for curve in p.curves)
     if s.config.constraint.startswith("parameters"):
@@ -145,15 +145,23 @@ def _within(s: Session, p: Prepared, price: Sequence[Sequence[float]], budget: f
     return best or sub
 
 
+def _prediction(p: Prepared) -> Callable[[SubNetwork], float] | None:
+    """The curves' guess of a divergence; none where hidden channels may go, which the curves know nothing about."""
+    return None if len(p.space.hidden) > 1 else lambda sub: sensitivity.predict(p.curves, sub)
+
+
 def _allocated_uniform(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
     """The best few uniform networks by prediction, for every head count and depth the widest MLP that fits."""
-    attention, widths, depths, _ = p.space.genes
-    found = []
-    for a in range(len(attention.options)):
-        for d in range(len(depths.options)):
-            fitting = (p.space.build((a, w, d, 0)) for w in range(len(widths.options)))
-            best = next((sub for sub in fitting if s.cost(sub) <= budget), None)
-            if best is not None:
-                found.append(best)
+    attention, widths, depths, hidden = p.space.genes
+    found: list[SubNetwork] = []
+    for h in range(len(hidden.options)):
+        for a in range(len(attention.options)):
+            for d in range(len(depths.options)):
+                fitting = (p.space.build((a, w, d, h)) for w in range(len(widths.options)))
+                best = next((sub for sub in fitting if s.cost(sub) <= budget), None)
+                if best is not None:
+                    found.append(best)
+        if found:  # the curves know nothing about hidden channels, so the fewest go
+            break
     found.sort(key=lambda sub: sensitivity.predict(p.curves, sub))
     return found[:8]

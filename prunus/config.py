@@ -161,7 +161,13 @@ class SearchConfig(Section):
         step="reform",
         flag="attention",
     )
-    hidden: bool = setting(False, "the hidden size may shrink", step="search")
+    space: Literal["own", "trained"] = setting(
+        "own",
+        "own: every layer by itself (all alike with --uniform), at the model's hidden size; trained: the space that "
+        "the super-network was trained in (--space), hidden sizes too",
+        step="reform",
+        flag="search-space",
+    )
     workers: int = setting(1, "processes that share the search", step=ANYWHERE, flag="workers", low=1)
 
 
@@ -290,6 +296,10 @@ class CompressConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.search.space == "trained" and not self.train.data:
+            raise UserError(
+                "search.space is trained, but nothing is trained; give --train FILE, or leave --search-space out"
+            )
         if self.budget.targets:
             self._check_budget()
             object.__setattr__(self, "keep", ())

@@ -45,8 +45,10 @@ def _refit_missing(
     r = s.config.reform
     one_shot = {name: dict(p.database(sub)) for name, sub in chosen.items()}
     p.database.forget()
-    if r.method == "none" or not r.sequential:
-        return {name: named(weights) for name, weights in one_shot.items()}
+    found = {name: named(weights) for name, weights in one_shot.items()}
+    chosen = {name: sub for name, sub in chosen.items() if sub.hidden == s.whole.hidden}  # others have no dense target
+    if r.method == "none" or not r.sequential or not chosen:
+        return found
     settings = sequential.SequentialSettings(
         drift=r.drift, damping=r.sequential_damping, reader_damping=r.readers, micro=MICRO
     )
@@ -63,7 +65,6 @@ def _refit_missing(
         assert p.objective.holdout is not None
         judge = sequential.Judge(s.stream, p.objective.holdout[:JUDGED, :SHORT], pairs)
         refitted = sequential.refit_all(s.stream, ids, pairs, settings, openings=first, accept=judge, advance=step)
-    kept = {}
     for (name, sub), new, taken in zip(chosen.items(), refitted, judge.taken, strict=True):
         at_last = holdout_nats(s, p, sub, new)
         at_first = holdout_nats(s, p, sub, one_shot[name], COMPARED)
@@ -76,10 +77,8 @@ def _refit_missing(
         }
         s.run.note(f"sequential/{name}", figures)
         if after < before:
-            kept[name], s.nats[name] = named(new), at_last
-        else:
-            kept[name] = named(one_shot[name])
-    return kept
+            found[name], s.nats[name] = named(new), at_last
+    return found
 
 
 def holdout_nats(

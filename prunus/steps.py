@@ -26,6 +26,7 @@ from prunus.progress import Progress
 from prunus.recording.run import Run
 from prunus.reforming import levels, sensitivity
 from prunus.scoring import importance, moments
+from prunus.searching.grids import Space, grid_of, searchable
 from prunus.searching.objective import Divergence, no_weights
 from prunus.searching.space import AttentionUnit, SearchSpace, space_of
 from prunus.subnetwork import SubNetwork
@@ -57,6 +58,7 @@ class Session:
     timetable: Timetable | None = None  # of this device, where the targets are times
     is_sorted: bool = False
     nats: dict[str, list[float]] = field(default_factory=dict)  # held-out KL of networks refitted in this session
+    layer_order: list[int] | None = None  # most important first, from the training on
     tier: Literal["", "-trained"] = ""  # "-trained" once the weights are those of the trained super-network
 
     def __post_init__(self) -> None:
@@ -88,6 +90,12 @@ class Session:
             return target.value
         dense = self.cost(self.whole)
         return target.limit(dense, self.config.budget.batch) / dense
+
+    @property
+    def alike(self) -> bool:
+        """True if the search looks at networks whose layers are all alike."""
+        trained = self.config.search.space == "trained" and self.config.train.space not in ("layers", "medium")
+        return self.config.uniform or trained
 
     @property
     def width(self) -> int:
@@ -285,19 +293,27 @@ def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str,
     curve_list = sensitivity.curves(
         errors, [sensitivity.Anchor(**a) for a in measured], s.layout, space, s.whole.hidden
     )
-    if s.config.uniform:
-        space = _space(s, _price_of_layers(curve_list, space.n_layers))
+    if s.config.uniform or c.space == "trained":
+        space = _space(s, s.layer_order or _price_of_layers(curve_list, space.n_layers))
     return Prepared(database, errors, space, curve_list, objective)
 
 
 def _space(s: Session, layer_order: Sequence[int]) -> SearchSpace:
     """The space that is searched: per layer; or uniform, with the layers in the given order of importance."""
     c, uniform = s.config.search, s.config.uniform
+    if c.space == "trained":
+        return searchable(space_of_run(s), s.model.config, mlp_step=c.mlp_step)
     heads: AttentionUnit = "none" if uniform and not s.family.stock_heads else c.attention
     return space_of(
         s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth, attention=heads,
         uniform=uniform, layer_order=layer_order if uniform else None,
     )  # fmt: skip
+
+
+def space_of_run(s: Session) -> Space:
+    """The space that a run's training draws from."""
+    c = s.config
+    return grid_of(s.model.config, c.train.space, layer_order=s.layer_order, mlp_step=c.search.mlp_step)
 
 
 def _price_of_layers(curves: Sequence[sensitivity.Curve], n_layers: int) -> list[int]:
@@ -310,11 +326,6 @@ def check_request(s: Session) -> None:
     """Refuse, before any long work, what cannot be reached: targets outside the space, a uniform export that the
     family's stock configuration cannot hold. Where targets are times, the table of this device is fetched or measured.
     """
-    if s.config.search.hidden:
-        raise UserError(
-            "search.hidden is true, but the search cannot cut the hidden size yet: reformation has no dense output to "
-            "aim at there; leave it false, or cut with prunus.extract(model, family, SubNetwork(hidden, ...))"
-        )
     if s.config.uniform and (refusal := checkpoint.uniform_refusal(s.model.config, s.family, s.whole)):
         raise UserError(refusal)
     kept = sum(t.value if t.kind == "keep" else 1.0 for t in s.config.targets)
@@ -322,6 +333,7 @@ def check_request(s: Session) -> None:
         int(2 * kept * costs.n_bytes(s.layout, s.whole, s.width)), "the checkpoints and their refitted weights"
     )
     space = _space(s, list(range(len(s.stream))))
+    _check_trained_space(s, space)
     if s.config.constraint in TIMES:
         runtimes.check(s.model, s.family, s.config.budget, space)
         s.timetable = _timetable(s)
@@ -330,6 +342,27 @@ def check_request(s: Session) -> None:
             space.window(s.cost, target.value, of=s.cost(s.whole), slack=slack(s))
         else:
             _check_reach(s, space, target)
+
+
+def _check_trained_space(s: Session, space: SearchSpace) -> None:
+    """What a search in the space of the training cannot do."""
+    c = s.config
+    if c.search.space != "trained":
+        return
+    if len(space.hidden) > 1 and c.constraint in TIMES:
+        raise UserError(
+            f"times are measured at the model's own hidden size, but --space {c.train.space} has {len(space.hidden)}; "
+            "give --keep or --memory-mb, or --space groups"
+        )
+    if c.uniform and not space.uniform:
+        raise UserError(f"--uniform wants all layers alike, but in --space {c.train.space} each has widths of its own")
+    if c.uniform and not s.family.stock_heads and len(set(space.attention[0])) > 1:
+        raise UserError(
+            f"--uniform: a stock configuration of this family cannot lose heads, but --space {c.train.space} cuts "
+            "them; leave --uniform out, or take --space llama"
+        )
+    if c.search.method == "shen" and (space.uniform or len(space.hidden) > 1):
+        raise UserError("--search shen chooses for every layer by itself; leave --search-space trained out")
 
 
 def _timetable(s: Session) -> Timetable:
@@ -372,7 +405,7 @@ def _check_reach(s: Session, space: SearchSpace, target: Target) -> None:
 def slack(s: Session) -> float:
     """How far below its budget a network may stay; uniform spaces have coarse steps: all layers change at once."""
     c = s.config.search
-    return max(c.slack, 2 * c.mlp_step / s.whole.layers[0].mlp) if s.config.uniform else c.slack
+    return max(c.slack, 2 * c.mlp_step / s.whole.layers[0].mlp) if s.alike else c.slack
 
 
 def _windows(ids: Tensor, most: int = WINDOW) -> Tensor:

@@ -265,11 +265,6 @@ def test_the_default_shares_give_way_to_a_budget(counted: Path, tmp_path: Path) 
     assert json.loads((out / "manifest.json").read_text())["config"]["keep"] == []
 
 
-def test_a_setting_that_the_search_cannot_serve_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"search\.hidden"):
-        compress(config(search__hidden=True), tmp_path / "run")
-
-
 @pytest.mark.parametrize("changes", [{"search__method": "shen", "search__population": 6}, {"search__method": "nsga2"}])
 def test_other_searches_end_in_loadable_checkpoints(changes: dict[str, Any], tmp_path: Path) -> None:
     result = compress(config(keep=(0.8,), **changes), tmp_path / "run")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from prunus import steps
@@ -97,9 +98,9 @@ def test_what_recover_cannot_do_is_refused_before_any_training(small: Path, tmp_
 
 def run_config(**changes: Any) -> CompressConfig:
     return config(
-        MODEL, keep=(0.6,), calibration__source=str(TEXT), calibration__samples=24, calibration__length=128,
-        calibration__holdout=8, search__mlp_step=8, search__generations=0, train__bins=4, train__draws=3,
-        **{"train__steps": 12, "train__lr": 1e-3, **changes},
+        MODEL, calibration__source=str(TEXT), calibration__samples=24, calibration__length=128, calibration__holdout=8,
+        search__mlp_step=8, train__bins=4, train__draws=3,
+        **{"keep": (0.6,), "search__generations": 0, "train__steps": 12, "train__lr": 1e-3, **changes},
     )  # fmt: skip
 
 
@@ -157,6 +158,43 @@ def test_hidden_sizes_and_layers_of_their_own_can_be_trained(space: str, tmp_pat
         run_config(train__space=space, train__sampler="grid-params", train__steps=2, train__rank=2), tmp_path
     )
     assert math.isfinite(data["chosen"][0]["kl_nats"])
+
+
+@pytest.mark.parametrize(("space", "keep"), [("llama_joint", 0.6), ("llama_joint", 0.1), ("medium", 0.6)])
+def test_the_search_can_stay_in_the_space_of_the_training(space: str, keep: float, tmp_path: Path) -> None:
+    asked = run_config(
+        train__space=space, train__sampler="grid-params", train__steps=2, search__space="trained", keep=(keep,),
+        search__generations=1, search__offspring=4,
+    )  # fmt: skip
+    (found,) = compress(asked, tmp_path)["chosen"]
+    whole = full(AutoModelForCausalLM.from_pretrained(MODEL).config)
+    assert keep * 0.8 < found["kept_blocks"] <= keep
+    assert math.isfinite(found["kl_nats"])
+    assert found["uniform"] or space == "medium"
+    if keep == 0.1:  # no network of the whole hidden size is that small
+        assert found["hidden"] < whole.hidden
+    small: Any = AutoModelForCausalLM.from_pretrained(tmp_path / found["path"], trust_remote_code=True)
+    assert small.config.hidden_size == found["hidden"]
+    assert math.isfinite(perplexity(small, text_ids(TEXT, loading.load(str(MODEL)).tokenizer)[:640], length=64).nats)
+    units = load_file(tmp_path / "units.safetensors")
+    assert sorted(units["layers"].tolist()) == list(range(len(whole.layers)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"train__data": None}, "nothing is trained"),
+        ({"train__space": "medium", "uniform": True}, "all layers alike"),
+        ({"train__space": "llama_joint", "budget__speedup": "1.2", "keep": None}, "own hidden size"),
+        ({"train__space": "llama_joint", "search__method": "shen"}, "every layer by itself"),
+    ],
+)
+def test_what_the_space_of_the_training_cannot_serve_is_refused(
+    changes: dict[str, Any], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "calibrate", lambda s: pytest.fail("calibrated"))
+    with pytest.raises(UserError, match=match):
+        compress(run_config(search__space="trained", **changes), tmp_path / "run")
 
 
 def test_what_a_run_cannot_train_is_refused_before_any_long_work(

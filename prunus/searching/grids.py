@@ -12,7 +12,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -154,6 +154,24 @@ def grid_of(config: Any, name: Name, *, layer_order: Sequence[int] | None = None
     return Grid(every, any_heads, neurons, depths, order, whole, own=name == "medium", log_hidden=True)
 
 
+def searchable(space: Space, config: Any, *, mlp_step: int = 32) -> SearchSpace:
+    """The same widths as a space that can be searched: every MLP width of a grid at every one of its hidden sizes.
+
+    A space in which layers have widths of their own becomes one of that kind, with MLP widths in steps of `mlp_step`.
+    """
+    if isinstance(space, SearchSpace):
+        return space
+    if space.own:
+        found = space_of(config, mlp_step=min(mlp_step, space.widest), hidden=space.hidden)
+        gone = [tuple(h for h in found.attention[i] if h == (0, 0)) for i in range(space.n_layers)]
+        return replace(found, attention=tuple((*space.heads, *none) for none in gone))
+    widths = sorted({space._neurons(mlp, hidden) for mlp in space.mlp for hidden in space.hidden}, reverse=True)
+    n = space.n_layers
+    return SearchSpace(
+        (space.heads,) * n, (tuple(widths),) * n, space.hidden, True, space.depths, space.layer_order
+    )  # fmt: skip
+
+
 def _ratios(most: float) -> tuple[float, ...]:
     """1, 2, ... times the hidden size, the last half step if it fits, and the model's own ratio."""
     whole = math.floor(most)
@@ -167,4 +185,4 @@ def _is_power(x: float) -> bool:
     return x >= 1 and math.log2(x).is_integer()
 
 
-__all__ = ["NAMES", "Grid", "Name", "Space", "along", "cuts_hidden", "grid_of"]
+__all__ = ["NAMES", "Grid", "Name", "Space", "along", "cuts_hidden", "grid_of", "searchable"]

@@ -25,9 +25,9 @@ from prunus.models.families import dims, full
 from prunus.models.slicing import activate, sort
 from prunus.recording.artefact import remove
 from prunus.scoring import importance
-from prunus.searching.grids import Space, cuts_hidden, grid_of
+from prunus.searching.grids import Space, cuts_hidden
 from prunus.searching.objective import Divergence
-from prunus.steps import Session, measure_moments, sort_model
+from prunus.steps import Session, measure_moments, sort_model, space_of_run
 from prunus.subnetwork import SubNetwork
 from prunus.texts.instructions import Windows, windows_of
 from prunus.training import adapters, draws
@@ -67,8 +67,8 @@ def train(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> dict[str, Tenso
 
     ids: calibration windows; the second moments that reformation needs are taken anew from the trained weights.
     """
+    _sort(s, ids, orders)
     space = space_of_run(s)
-    _sort(s, ids, orders, space)
 
     def load(path: Path) -> nn.Module:
         from safetensors.torch import load_file
@@ -108,23 +108,21 @@ def _clear_states(s: Session) -> None:
         remove(path)
 
 
-def space_of_run(s: Session) -> Space:
-    """The space that the training draws from."""
-    return grid_of(s.model.config, s.config.train.space, mlp_step=s.config.search.mlp_step)
-
-
-def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor], space: Space) -> None:
-    """Most important members first; hidden channels too where sub-networks may drop some."""
+def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> None:
+    """Most important members first, hidden channels too where sub-networks may drop some; and the order of layers."""
     sort_model(s, orders)
-    if cuts_hidden(space):
 
-        def hidden() -> dict[str, Tensor]:
-            with s.progress("order of hidden channels"):
-                found = importance.score(s.model, s.family, ids[:8], method="activation").order()["hidden"]
-            assert isinstance(found, Tensor)
-            return {"hidden": found.contiguous()}
+    def units() -> dict[str, Tensor]:
+        with s.progress("order of layers and hidden channels"):
+            found = importance.score(s.model, s.family, ids[:8], method="activation")
+        hidden = found.order()["hidden"]
+        assert isinstance(hidden, Tensor)
+        return {"hidden": hidden.contiguous(), "layers": found.blocks.argsort(descending=True).contiguous()}
 
-        sort(s.model, s.family, dict(s.run.do("train", "hidden.safetensors", hidden)))
+    order = dict(s.run.do("train", "units.safetensors", units))
+    s.layer_order = order.pop("layers").tolist()
+    if cuts_hidden(space_of_run(s)):
+        sort(s.model, s.family, order)
 
 
 def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> nn.Module:
@@ -257,4 +255,4 @@ It is an ordinary checkpoint of the full size.
 """
 
 
-__all__ = ["check", "space_of_run", "train"]
+__all__ = ["check", "train"]
