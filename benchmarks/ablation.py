@@ -32,7 +32,7 @@ ROWS: tuple[tuple[str, str, dict[str, str]], ...] = (  # what a row is called, t
     ("the same with a ridge of 0.03", "extract", {"reform.drift": "1", "reform.sequential_damping": "0.03"}),
     ("+ first tokens", "score", {"reform.sequential_damping": "0.3", "reform.openings": "1024"}),
     ("+ one measured level per sub-layer", "reform", {"reform.sensitivity": "1"}),
-    ("+ evolution, KL", "search", {"search.generations": "4"}),
+    ("+ evolution, KL", "search", {"search.generations": "2"}),
     ("+ evolution, perplexity", "search", {"search.objective": "ppl"}),
     ("random allocation, as many candidates", "search", {"search.objective": "kl", "search.method": "random"}),
 )
@@ -46,7 +46,8 @@ def main() -> int:
     parser.add_argument("--text", required=True, help="the test text")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--samples", default="24")
-    parser.add_argument("--keep", default="0.8,0.5")
+    parser.add_argument("--holdout", default="16")
+    parser.add_argument("--keep", default="0.9,0.5")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "ablation.json")
     options = parser.parse_args()
     done: Path = options.out / "rows.json"
@@ -54,6 +55,7 @@ def main() -> int:
     run = options.out / "run"
     flags = {"model": options.model, "keep": options.keep, "dtype": "bfloat16", "test_text": options.text}
     flags |= {"calibration.source": options.calibration, "calibration.samples": options.samples}
+    flags |= {"calibration.holdout": options.holdout}
     for number, (title, first, settings) in enumerate(ROWS):
         if any(row["step"] == title for row in rows):
             continue
