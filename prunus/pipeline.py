@@ -39,7 +39,10 @@ def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Pr
     config = CompressConfig.from_dict(raw)  # refuses what does not fit together before anything is deleted
     if name not in ("extract", "report"):
         rivals.refuse_step(config, name)
-    asked = {**overrides, "keep": config.keep} if set(TARGETS) & overrides.keys() else overrides
+    typed = flatten(config.to_dict())  # "8" is 8
+    asked = {key: typed[key] for key in overrides}
+    if set(TARGETS) & overrides.keys():
+        asked["keep"] = config.keep
     with Run.reopen(out) as run:
         raw = run.change(name, asked)
     return _run(CompressConfig.from_dict(raw), Path(out), name, progress)

@@ -314,7 +314,7 @@ def test_every_score_can_order_the_units(score: str, tmp_path: Path) -> None:
 
 def test_one_step_again_with_another_setting(run: tuple[Path, dict[str, Any]]) -> None:
     out, _ = run
-    found = step(out, "search", {"search.generations": 0})
+    found = step(out, "search", {"search.generations": "0"})  # as it is typed
     assert {n["name"] for n in found["chosen"]} >= {"keep-0.8", "keep-0.6"}
     with pytest.raises(UserError, match=r"calibration\.samples"):
         step(out, "search", {"calibration.samples": 12})
