@@ -85,7 +85,7 @@ def main() -> None:
 
 
 @flags(*(key for key, one in settings().items() if one.flag))
-@app.command(cls=Verb)
+@app.command(cls=Verb, short_help="MODEL to smaller checkpoints and a report; resumes.")
 @click.argument("model", required=False)
 @click.option("--out", metavar="RUN", required=True, help="directory of the run: new, empty, or the same run's")
 def compress(model: str | None, out: str, **parameters: Any) -> None:
@@ -110,7 +110,7 @@ def compress(model: str | None, out: str, **parameters: Any) -> None:
     "calibration.column",
     names={"test_text": "text", "test_length": "length", "test_chunks": "chunks"},
 )
-@app.command(cls=Verb)
+@app.command(cls=Verb, short_help="Perplexity, divergence, speed and tasks of a checkpoint.")
 @click.argument("checkpoint")
 @click.option("--against", metavar="MODEL", help="also the KL divergence to this model, the dense one usually")
 @click.option("--join", type=click.Choice(["auto", "rows", "raw"]), default="auto", help="how lines become one text")
@@ -193,7 +193,7 @@ def _steps(advance: Callable[[int], None]) -> Callable[[int, int], None]:
 
 
 @flags("revision", "trust_remote_code", "calibration.samples", "calibration.length")
-@app.command(cls=Verb)
+@app.command(cls=Verb, short_help="Can MODEL be compressed, and does it fit this machine?")
 @click.argument("model")
 def check(model: str, **parameters: Any) -> None:
     """Can MODEL be compressed? Its family table, its dimensions, its parameters by part, the memory needed."""
@@ -214,9 +214,9 @@ def check(model: str, **parameters: Any) -> None:
     "revision",
     "trust_remote_code",
 )
-@app.command(cls=Verb)
+@app.command(cls=Verb, short_help="How long every width of MODEL takes on this device.")
 @click.argument("model")
-@click.option("--step", type=click.IntRange(1), help="neurons between two MLP widths that are measured")
+@click.option("--step", metavar="N", type=click.IntRange(1), help="neurons between two MLP widths that are measured")
 @click.option("--again", is_flag=True, help="measure again, although the cache has this table")
 @click.option("--picture", metavar="FILE", help="draw the stairs: FILE.png and FILE.svg")
 def latency(model: str, step: int | None, again: bool, picture: str | None, **parameters: Any) -> None:
@@ -235,7 +235,7 @@ def latency(model: str, step: int | None, again: bool, picture: str | None, **pa
 
 
 @flags("revision", "trust_remote_code")
-@app.command(cls=Verb)
+@app.command(cls=Verb, short_help="A checkpoint for llama.cpp, onnxruntime or vLLM.")
 @click.argument("checkpoint")
 @click.option(
     "--format", "form", type=click.Choice(["gguf", "onnx", "vllm"]), required=True,
@@ -280,7 +280,7 @@ ONE_NETWORK = tuple(key for key in LEARNING if key.partition(".")[2] not in ("sp
 
 
 @flags(*ONE_NETWORK, "revision", "trust_remote_code")
-@app.command(cls=Verb)
+@app.command(cls=Verb, short_help="Train one checkpoint further, by distillation.")
 @click.argument("checkpoint")
 @click.option("--teacher", metavar="MODEL", help="the model to imitate: the one that CHECKPOINT was made from")
 @click.option("--out", metavar="DIR", required=True, help="where the trained checkpoint goes")
@@ -299,7 +299,7 @@ def recover(checkpoint: str, teacher: str | None, out: str, **parameters: Any) -
 
 
 @flags("keep_of")
-@app.command(cls=Verb)
+@app.command(cls=Verb, short_help="One more checkpoint of a run, for any other budget.")
 @click.argument("run")
 @click.option("--keep", metavar="X", type=float, required=True, multiple=True, help="the share to keep")
 @click.option(
@@ -335,7 +335,7 @@ def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> No
 @flags(
     *(key for key, one in settings().items() if one.flag and one.step == "calibrate" and key != "calibration.source"),
 )
-@app.command(cls=Verb)
+@app.command(cls=Verb, short_help="Rival methods and ours on the same model and tests.")
 @click.argument("model", required=False)
 @click.option("--list", "show", is_flag=True, help="every method, its paper and what it can serve; needs no MODEL")
 @click.option(
@@ -356,8 +356,8 @@ def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> No
     help="windows that perplexity is taken in: tokens, and how many from the beginning [default: 2048:5 128:24]",
 )
 @click.option("--tasks", metavar="NAME ...", multiple=True, help="also these tasks of lm-eval")
-@click.option("--task-path", metavar="DIR", help="take the tasks from the files in this directory only")
-@click.option("--task-limit", metavar="N", type=int, help="documents of each task")
+@click.option("--tasks-path", metavar="DIR", help="take the tasks from the files in this directory only")
+@click.option("--limit", metavar="N", type=click.IntRange(1), help="questions of each task at most")
 @click.option("--speed/--no-speed", default=True, help="also the speed against the dense model, in the same process")
 @click.option("--out", metavar="DIR", help="directory of the bench: new, empty, or the same bench's")
 def bench(model: str | None, show: bool, out: str | None, **parameters: Any) -> None:
@@ -381,8 +381,8 @@ def bench(model: str | None, show: bool, out: str | None, **parameters: Any) -> 
         texts=parameters["text"],
         lengths=bench.read_lengths(parameters["lengths"] or ("2048:5", "128:24")),
         tasks=tuple(word for words in parameters["tasks"] for word in words.split(",")),
-        task_path=parameters["task_path"],
-        task_limit=parameters["task_limit"],
+        task_path=parameters["tasks_path"],
+        task_limit=parameters["limit"],
         speed=parameters["speed"],
     )
     calm_libraries()
@@ -392,13 +392,19 @@ def bench(model: str | None, show: bool, out: str | None, **parameters: Any) -> 
         Terminal(quiet=True).result(found, parameters["json"])
 
 
+STEPS = (
+    "RUN is a directory that `prunus compress` was given as --out. Flags change this step of the run and all later "
+    "ones; what is not given stays as it is in the run, whatever its default."
+)
+
+
 def _step(name: str, sentence: str) -> click.Command:
     """The sub-command of one step of an existing run."""
     own = (FIRST.get(name, name), name)
     keys = [key for key, one in settings().items() if one.flag and one.step in (*own, ANYWHERE)]
 
     @flags(*keys)
-    @app.command(name, cls=Verb, help=f"{sentence}\n\nFlags change this step of the run and all later ones.")
+    @app.command(name, cls=Verb, short_help=sentence, help=f"{sentence}\n\n{STEPS}")
     @click.argument("run")
     @click.option("--again", is_flag=True, help="do the step again although it is done; later ones are deleted")
     def command(run: str, again: bool, **parameters: Any) -> None:
@@ -416,8 +422,8 @@ def _step(name: str, sentence: str) -> click.Command:
     return command
 
 
-_step("score", "How important is each unit? The first step of a run, after its calibration text.")
-_step("train", "The super-network, trained so that its sub-networks are good by themselves.")
+_step("score", "How important each unit is: the first step after the calibration.")
+_step("train", "The super-network, trained so that its sub-networks are good.")
 _step("reform", "Errors and weights of every level of every sub-layer.")
 _step("search", "The widths to keep, for every target.")
 _step("extract", "The checkpoints of the networks that the search chose.")

@@ -15,6 +15,8 @@ from prunus.targets import LIMITS
 MANY = ("--keep", *(f"--{kind.replace('_', '-')}" for kind in LIMITS))  # flags that take several values after one
 WORDS = ("--methods", "--lengths", "--tasks")  # the same, with words: all up to the next flag
 COMMON = ("device", "dtype", "seed")
+METAVARS = {"test_text": "FILE", "train.data": "FILE", "calibration.source": "SOURCE", "method": "NAME"}
+WIDEST = 44  # of a flag with its choices, so that the help keeps to 80 columns; longer lists stand in the sentence
 
 
 class Verb(click.Command):
@@ -27,7 +29,7 @@ class Verb(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record is not None and isinstance(parameter, click.Option):
                 groups.setdefault(getattr(parameter, "group", "Command"), []).append(record)
         for name, records in groups.items():
             with formatter.section(name):
@@ -42,22 +44,23 @@ class Flag(click.Option):
         section = setting.key.rpartition(".")[0]
         self.group = group or (section.capitalize() if section else "Model and outcome")
         flag = f"--{name or setting.flag}"
-        default = "" if setting.default in (None, ()) or name else f"  [default: {setting.shown}]"
+        default = "" if setting.default in (None, ()) else f"  [default: {setting.shown}]"
         is_switch = setting.plain is bool
+        is_long = len(f"{flag} {_metavar(setting)}") > WIDEST
+        choices = f": {', '.join(setting.choices)}" if is_long else ""
         super().__init__(
             [f"{flag}/--no-{flag[2:]}" if is_switch else flag, setting.key.replace(".", "__")],
             default=None,
             multiple=flag in MANY,
-            metavar=None if is_switch else _metavar(setting),
-            help=setting.help + default,
+            metavar=None if is_switch else "NAME" if is_long else _metavar(setting),
+            help=setting.help + choices + default,
         )
 
 
 def _metavar(setting: Setting) -> str:
     if setting.choices:
         return "|".join(setting.choices)
-    kind = {int: "N", float: "X", str: "TEXT"}.get(setting.plain, "X ...")
-    return "FILE" if setting.key == "test_text" else kind
+    return METAVARS.get(setting.key) or {int: "N", float: "X", str: "TEXT"}.get(setting.plain, "X ...")
 
 
 def spread(args: Sequence[str]) -> list[str]:

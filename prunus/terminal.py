@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -211,8 +211,9 @@ def _perplexity_on(text: str) -> Cell:
 def rows(found: Sequence[Mapping[str, Any]]) -> Table:
     """A list of alike rows; numbers to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for key in found[0] if found else ():
-        table.add_column(key.replace("_", " "), justify="left" if isinstance(found[0][key], str) else "right")
+    for n, key in enumerate(found[0] if found else ()):
+        side: Literal["left", "right"] = "left" if isinstance(found[0][key], str) else "right"
+        table.add_column(key.replace("_", " "), justify=side, no_wrap=n == 0, overflow="fold")
     for row in found:
         table.add_row(*(_value(key, value) for key, value in row.items()))
     return table

@@ -363,3 +363,10 @@ def test_check_of_nothing(tmp_path: Path) -> None:
     done = prunus_("check", tmp_path / "absent")
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")
+
+
+def test_the_help_keeps_to_eighty_columns_and_cuts_nothing_off() -> None:
+    for args in [["--help"], *([name, "--help"] for name in cli.app.commands)]:
+        page = CliRunner().invoke(cli.app, args, terminal_width=80).output
+        assert max(map(len, page.splitlines())) <= 80, args
+        assert "..." not in page.partition("Commands:")[2], args

@@ -189,8 +189,8 @@ def command(config: CompressConfig, plan: Plan, out: Path, **only: Any) -> str:
         config.dtype,
     ]
     typed += ["--tasks", *plan.tasks] if plan.tasks else []
-    typed += ["--task-path", _short(plan.task_path)] if plan.task_path else []
-    typed += ["--task-limit", str(plan.task_limit)] if plan.task_limit is not None else []
+    typed += ["--tasks-path", _short(plan.task_path)] if plan.task_path else []
+    typed += ["--limit", str(plan.task_limit)] if plan.task_limit is not None else []
     typed += [] if plan.speed else ["--no-speed"]
     return shlex.join([*typed, "--out", _short(str(out))])
 
