@@ -83,7 +83,7 @@ def rivals(path: Path) -> list[dict[str, Any]]:
         {"method": method, "kept": float(kept), "ppl2048_quick": value, "ppl128_quick": raw["ppl128"][method][kept]}
         for method, table in raw["ppl2048"].items()
         for kept, value in table.items()
-        if method != "dense" and kept in raw["ppl128"].get(method, {})
+        if method != "dense" and not method.startswith("proto:") and kept in raw["ppl128"].get(method, {})
     ]
 
 

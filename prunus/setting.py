@@ -79,7 +79,7 @@ class Setting:
             what = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
             raise UserError(f"{self.key} is {what}; given {value!r}")
         if kind in (int, float) and not self._inside(number):
-            percent = self.key == "keep" and 1 < number <= 100
+            percent = self.key == "keep" and 5 <= number <= 100
             hint = f"; for {number:g} per cent write {number / 100:g}" if percent else ""
             raise UserError(f"{self.key} lies in {self.range}; given {number:g}{hint}")
         return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import os
@@ -103,7 +104,7 @@ def evaluate_tasks(
     known = set(manager.all_tasks)
     if unknown := [a.task for a in asked if a.task not in known]:
         where = f" in {str(path)!r}" if path else ""
-        raise UserError(f"lm-eval knows no task {unknown[0]!r}{where}; known are {_some(known)}")
+        raise UserError(f"lm-eval knows no task {unknown[0]!r}{where}; {_some(unknown[0], known)}")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     found: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(a.shots for a in asked):
@@ -176,9 +177,12 @@ def _figure(raw: Mapping[str, Any], one: Asked) -> dict[str, Any]:
     }
 
 
-def _some(names: set[str], n: int = 12) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:n]) + (f" and {len(listed) - n} more" if len(listed) > n else "")
+def _some(asked: str, known: set[str], n: int = 12) -> str:
+    """The nearest names, or else some of them."""
+    if near := difflib.get_close_matches(asked, sorted(known), 3):
+        return f"did you mean {' or '.join(near)}?"
+    listed = sorted(known)
+    return f"known are {', '.join(listed[:n])}" + (f" and {len(listed) - n} more" if len(listed) > n else "")
 
 
 __all__ = ["SUITES", "Asked", "asked_for", "evaluate_tasks", "task_scores"]

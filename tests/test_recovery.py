@@ -239,7 +239,7 @@ def test_task_accuracies_have_standard_errors(tmp_path: Path) -> None:
     p = row["value"]
     assert row["se"] == pytest.approx(math.sqrt(p * (1 - p) / 11), rel=1e-6)
     assert found["mean"] == p
-    with pytest.raises(UserError, match=r"knows no task 'arc_esy' in .*known are ai2_arc, arc_easy"):
+    with pytest.raises(UserError, match=r"knows no task 'arc_esy' in .*did you mean arc_easy"):
         evaluate_tasks(loaded.model, loaded.tokenizer, asked_for(["arc_esy"]), path=tmp_path)
     with pytest.raises(UserError, match="is no folder"):
         evaluate_tasks(loaded.model, loaded.tokenizer, asked, path=tmp_path / "none")

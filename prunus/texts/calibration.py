@@ -185,17 +185,17 @@ def _read(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read the text file {path}: {error.strerror or error}; {ALTERNATIVES}") from error
+        raise UserError(f"cannot read the text file {path}: {error.strerror or error}; give another") from error
     if b"\0" in raw:
-        raise UserError(f"{path} is a binary file (it contains NUL bytes), not text; {ALTERNATIVES}")
+        raise UserError(f"{path} is a binary file (it contains NUL bytes), not text; give a .txt or .jsonl file")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start} of {len(raw)}); convert it to UTF-8, or {ALTERNATIVES}"
+            f"{path} is not UTF-8 text (byte {error.start} of {len(raw)}); convert it to UTF-8, or give another"
         ) from error
     if not text.strip():
-        raise UserError(f"{path} is empty; {ALTERNATIVES}")
+        raise UserError(f"{path} is empty; give a file with text")
     return text.replace("\r\n", "\n")
 
 
@@ -216,7 +216,7 @@ def _documents(text: str, path: Path, column: str) -> list[str]:
         if row[column].strip():
             documents.append(row[column])
     if not documents:
-        raise UserError(f'{path} has no text in column "{column}"; {ALTERNATIVES}')
+        raise UserError(f'{path} has no text in column "{column}"; name another with --column')
     return documents
 
 
