@@ -32,6 +32,7 @@ from prunus.models import costs
 from prunus.models.families import family_of, full
 from prunus.models.loading import load
 from prunus.models.slicing import activate, sort
+from prunus.recording import pictures
 from prunus.scoring import importance
 from prunus.searching.grids import grid_of
 from prunus.subnetwork import SubNetwork
@@ -198,6 +199,9 @@ def trained(bench: Bench, model: Any, family: Any, space: Any, size: Any, way: s
     pool = draws.pool_of(
         space, size, sampler, bins=bench.options.bins, draws=bench.options.draws, seed=0, score=score  # type: ignore[arg-type]
     )  # fmt: skip
+    drawn = {"uniform draws": draws.histogram(space, size, None)}
+    drawn |= {sampler: draws.histogram(space, size, pool)} if pool.networks else {}
+    pictures.save(pictures.sizes(drawn, size(space.smallest()), size(space.largest())), folder / f"{way}-sizes")
     draw = draws.draw_of(space, pool, strategy, bench.options.drawn)  # type: ignore[arg-type]
     fit(bench.job(model, family, draw, folder / way))
     adapters.merge(model)

@@ -46,15 +46,25 @@ def search_one(s: Session, p: Prepared, target: Target, starts: Sequence[SubNetw
     return SubNetwork.from_json(found["subnetwork"])
 
 
-def open_record(s: Session, p: Prepared) -> Record:
-    """The run's Optuna study, with the memory of every candidate that was judged."""
+def open_record(s: Session, p: Prepared, objective: str = "") -> Record:
+    """An Optuna study, with the memory of every candidate that was judged: in the run, or in a shared storage.
+
+    objective: the name of what is minimised (default: what the targets are searched by).
+    """
+    c = s.config.search
+    belongs_to = {"model": str(s.run.source.get("sha256")), "tokens": str(s.run.notes.get("token_hash"))}
+    if c.storage:  # a run's own record goes when an earlier step is done again; a shared one must know what it is of
+        reform = s.config.reform
+        belongs_to["levels"] = s.run.sha256("errors.safetensors")[:16]
+        belongs_to["settings"] = f"{reform.method} {reform.iterations}, windows {RUNGS}, seed {s.config.seed}"
     return Record.open(
-        s.run.grow("search", "trials.journal"),
+        c.storage or s.run.grow("search", "trials.journal"),
         p.space,
-        objective=f"{p.objective.kind}_nats",
+        objective=objective or f"{p.objective.kind}_nats",
         costs={s.config.constraint: s.cost},
-        belongs_to={"model": str(s.run.source.get("sha256")), "tokens": str(s.run.notes.get("token_hash"))},
-        n_workers=s.config.search.workers,
+        belongs_to=belongs_to,
+        n_workers=c.workers,
+        study=c.study,
     )
 
 
@@ -64,6 +74,7 @@ def _run_method(
     """The search that the configuration names."""
     c, seed = s.config.search, s.config.seed
     settings = search.LevelSettings(generations=c.generations, offspring=c.offspring)
+    fixed: Any = {"start": seeds, "rung": len(RUNGS) - 1, "seed": seed, "record": record}
     with s.progress(f"search for {target.name}", c.generations) as advance:
 
         def tick(_: str) -> None:
@@ -84,27 +95,13 @@ def _run_method(
                 p.space, p.objective, s.cost, window, target=s.share(target), seed=seed, record=record,
                 settings=published, progress=tick,
             )  # fmt: skip
-        return _nsga2(s, p, window, seeds, record, tick)
-
-
-def _nsga2(
-    s: Session,
-    p: Prepared,
-    window: tuple[float, float],
-    seeds: Sequence[SubNetwork],
-    record: Record,
-    tick: Callable[[str], None],
-) -> search.Found:
-    """Optuna's NSGA-II inside the window of one target; the best of its front."""
-    c = s.config.search
-    found = search.nsga2(
-        p.space, p.objective, s.cost, budget=window, start=seeds, n_trials=c.generations * c.offspring,
-        population=c.population, seed=s.config.seed, record=record, progress=tick,
-    )  # fmt: skip
-    best = min(found, key=lambda trial: trial.value)
-    before, after = record.judge(p.objective, [seeds[0], best.subnetwork], -1, len(RUNGS) - 1, method="nsga2")
-    spent = c.generations * c.offspring
-    return search.Found(best.subnetwork, after, seeds[0], before, record.n_tokens, spent, c.generations, ())
+        if c.method == "local":
+            nearby = search.LocalSettings(generations=c.generations, neighbours=c.offspring)
+            return search.local(p.space, p.objective, s.cost, window, settings=nearby, progress=tick, **fixed)
+        return search.sampled(
+            p.space, p.objective, s.cost, window, c.method, generations=c.generations, population=c.offspring,
+            progress=tick, **fixed,
+        )  # fmt: skip
 
 
 def allocated(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:

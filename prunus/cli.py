@@ -14,7 +14,7 @@ from prunus.errors import UserError
 from prunus.flags import Verb, flags, given
 from prunus.machine import environment
 from prunus.recording.artefact import trouble
-from prunus.recording.changes import FIRST
+from prunus.recording.changes import FIRST, VERBS
 from prunus.setting import ANYWHERE
 from prunus.terminal import Terminal, calm_libraries
 
@@ -400,7 +400,7 @@ STEPS = (
 
 def _step(name: str, sentence: str) -> click.Command:
     """The sub-command of one step of an existing run."""
-    own = (FIRST.get(name, name), name)
+    own = (FIRST.get(name, name), name, *(step for step, verb in VERBS.items() if verb == name))
     keys = [key for key, one in settings().items() if one.flag and one.step in (*own, ANYWHERE)]
 
     @flags(*keys)
@@ -425,7 +425,7 @@ def _step(name: str, sentence: str) -> click.Command:
 _step("score", "How important each unit is: the first step after the calibration.")
 _step("train", "The super-network, trained so that its sub-networks are good.")
 _step("reform", "Errors and weights of every level of every sub-layer.")
-_step("search", "The widths to keep, for every target.")
+_step("search", "The widths to keep, for every target; with --front, networks of all sizes.")
 _step("extract", "The checkpoints of the networks that the search chose.")
 _step("report", "Figures, pictures and report.md of a run.")
 

@@ -19,11 +19,14 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from prunus.errors import UserError
+from prunus.searching.options import FrontConfig, check_storage
 from prunus.setting import ANYWHERE, Section, Setting, declared, setting
 from prunus.targets import LIMITS, Kind, Target
 from prunus.training.learning import TrainConfig
 
-STEPS = ("calibrate", "score", "train", "reform", "search", "extract", "evaluate", "report")  # in the order they run
+STEPS = (  # in the order they run
+    "calibrate", "score", "train", "reform", "search", "extract", "evaluate", "front", "report",
+)  # fmt: skip
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
@@ -126,9 +129,10 @@ class SearchConfig(Section):
     """Which widths each network keeps."""
 
     prefix: ClassVar[str] = "search."
-    method: Literal["levels", "shen", "random", "nsga2"] = setting(
+    method: Literal["levels", "shen", "random", "nsga2", "tpe", "local"] = setting(
         "levels",
-        "levels (error curves, then level-switch evolution), shen (as published), random, nsga2",
+        "levels (error curves, then level-switch evolution), shen (as published), random, nsga2 and tpe (Optuna's), "
+        "local (neighbours of the allocation, with restarts)",
         step="search",
         flag="search",
     )
@@ -169,6 +173,15 @@ class SearchConfig(Section):
         flag="search-space",
     )
     workers: int = setting(1, "processes that share the search", step=ANYWHERE, flag="workers", low=1)
+    storage: str | None = setting(
+        None, "where the record of a search is that several runs share: a database's URL, or a file that ends in "
+        ".journal; `none`: in the run", step=ANYWHERE, flag="storage",
+    )  # fmt: skip
+    study: str | None = setting(None, "name of this search in a shared storage that holds others", step=ANYWHERE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_storage(self.storage)
 
 
 @dataclass(frozen=True)
@@ -292,6 +305,7 @@ class CompressConfig(Section):
     reform: ReformConfig = field(default_factory=ReformConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    front: FrontConfig = field(default_factory=FrontConfig)
     rival: RivalConfig = field(default_factory=RivalConfig)
 
     def __post_init__(self) -> None:

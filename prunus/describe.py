@@ -21,7 +21,7 @@ from prunus.models import costs
 from prunus.models.families import dims
 from prunus.models.slicing import Override, extract
 from prunus.recording.pictures import ErrorCurve, Network, Tried
-from prunus.recording.report import ReportData
+from prunus.recording.report import ReportData, save_draws
 from prunus.steps import Prepared, Session
 from prunus.subnetwork import SubNetwork
 from prunus.timing import runtimes
@@ -235,6 +235,7 @@ def report_data(
         "machine": machine.words(),
         "prompt": PROMPT,
         **({"error_curves": error_curves(s, p)} if p else {}),  # type: ignore[typeddict-item]
+        **({"draws": drawn(s)} if s.config.train.data and drawn(s) else {}),  # type: ignore[typeddict-item]
         **({"latency": json.loads(s.timetable.to_json())} if s.timetable else {}),  # type: ignore[typeddict-item]
     }
 
@@ -295,7 +296,17 @@ def trained(s: Session) -> dict[str, Any]:
     """The result of the step `train`: what was trained, on what, and what it cost."""
     if not s.config.train.data:
         raise UserError("this run has no training data; name them with --train FILE")
-    return {"run": str(s.run.directory), **s.run.notes.get("train", {})}
+    note = s.run.notes.get("train", {})
+    found = drawn(s)
+    picture = {"sizes": str(save_draws(found, s.run.directory / "report"))} if found else {}
+    return {"run": str(s.run.directory), **note, **picture}
+
+
+def drawn(s: Session) -> dict[str, Any]:
+    """How the sizes of the training's draws are spread; nothing where the run has no pool, or an older version's."""
+    path = s.run.path("pool.json")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["histogram"] if path.is_file() else {}
+    return found if "least" in found else {}
 
 
 def levels(s: Session, p: Prepared) -> dict[str, Any]:
@@ -309,6 +320,7 @@ def levels(s: Session, p: Prepared) -> dict[str, Any]:
     return {"run": str(s.run.directory), "sub_layers": rows}
 
 
-def found(s: Session, chosen: Mapping[str, SubNetwork]) -> dict[str, Any]:
-    """The result of the step `search`: the networks, with their sizes."""
-    return {"run": str(s.run.directory), "chosen": [network(s, name, sub) for name, sub in chosen.items()]}
+def found(s: Session, chosen: Mapping[str, SubNetwork], front: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The result of the step `search`: the networks, with their sizes; and a front, where one was asked for."""
+    data = {"run": str(s.run.directory), "chosen": [network(s, name, sub) for name, sub in chosen.items()]}
+    return {**data, "front": front} if front else data

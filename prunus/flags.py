@@ -13,7 +13,7 @@ from prunus.setting import Setting
 from prunus.targets import LIMITS
 
 MANY = ("--keep", *(f"--{kind.replace('_', '-')}" for kind in LIMITS))  # flags that take several values after one
-WORDS = ("--methods", "--lengths", "--tasks")  # the same, with words: all up to the next flag
+WORDS = ("--methods", "--lengths", "--tasks", "--front", "--front-tasks")  # with words: all up to the next flag
 COMMON = ("device", "dtype", "seed")
 METAVARS = {"test_text": "FILE", "train.data": "FILE", "calibration.source": "SOURCE", "method": "NAME"}
 WIDEST = 44  # of a flag with its choices, so that the help keeps to 80 columns; longer lists stand in the sentence
@@ -51,13 +51,15 @@ class Flag(click.Option):
         super().__init__(
             [f"{flag}/--no-{flag[2:]}" if is_switch else flag, setting.key.replace(".", "__")],
             default=None,
-            multiple=flag in MANY,
+            multiple=flag in (*MANY, *WORDS),
             metavar=None if is_switch else "NAME" if is_long else _metavar(setting),
             help=setting.help + choices + default,
         )
 
 
 def _metavar(setting: Setting) -> str:
+    if setting.many and setting.item is not float:
+        return "NAME ..."
     if setting.choices:
         return "|".join(setting.choices)
     return METAVARS.get(setting.key) or {int: "N", float: "X", str: "TEXT"}.get(setting.plain, "X ...")

@@ -19,7 +19,7 @@ def table() -> str:
 
 
 def _row(one: Setting) -> str:
-    may_be = ", ".join(one.choices) or KINDS.get(one.plain, "numbers")
+    may_be = ", ".join(one.choices) or KINDS.get(one.plain, "names" if one.many and one.item is str else "numbers")
     flag = f"`--{one.flag}`" if one.flag else "MODEL" if one.key == "model" else ""
     cells = (f"`{one.key}`", flag, f"{may_be} {one.range}".strip(), one.shown, one.help, one.step)
     return f"| {' | '.join(cells)} |"

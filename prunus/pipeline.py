@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from prunus import choosing, describe, finishing, steps
+from prunus import choosing, describe, finishing, fronts, steps
 from prunus.baselines import rivals
 from prunus.config import CompressConfig, flatten
 from prunus.models import loading
@@ -57,6 +57,7 @@ def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> d
         family = family_of(loaded.model.config)
         s = Session(run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
         steps.check_request(s)
+        fronts.check(s)
         if config.train.data:
             supernet.check(s)
         ids, holdout = steps.calibrate(s)
@@ -75,8 +76,9 @@ def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> d
         chosen: dict[str, SubNetwork] = {}
         for target in config.targets:
             chosen[target.name] = choosing.search_one(s, prepared, target, starts=tuple(chosen.values()))
+        asked = bool(config.front.objectives)
         if last == "search":
-            return describe.found(s, chosen)
+            return describe.found(s, chosen, fronts.search_front(s, prepared, chosen) if asked else None)
         weights = finishing.refit(s, prepared, ids, chosen)
         dense = dense or describe.measure_dense(s)
         figures = {name: describe.measure(s, prepared, name, sub, weights[name]) for name, sub in chosen.items()}
@@ -86,5 +88,8 @@ def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> d
         if last == "extract":
             return describe.found(s, chosen)
         command = shlex.join(["prunus", "compress", config.model, "--out", str(out), "--config", f"{out}/config.yaml"])
+        front = fronts.search_front(s, prepared, chosen) if asked else None
         data = describe.report_data(s, prepared, dense, figures, command)
+        if front:
+            data["front"] = front
         return {**data, "report": str(write_report(run.directory, data))}

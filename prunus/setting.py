@@ -49,8 +49,19 @@ class Setting:
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        """The values of a Literal type, empty for others."""
-        return typing.get_args(self.plain) if typing.get_origin(self.plain) is Literal else ()
+        """The values of a Literal type, or of the Literal type of a tuple's items; empty for others."""
+        one = self.item if self.many else self.plain
+        return typing.get_args(one) if typing.get_origin(one) is Literal else ()
+
+    @property
+    def many(self) -> bool:
+        """True for a tuple of values."""
+        return typing.get_origin(self.plain) is tuple
+
+    @property
+    def item(self) -> Any:
+        """The type of a tuple's items."""
+        return typing.get_args(self.plain)[0]
 
     @property
     def plain(self) -> Any:
@@ -63,15 +74,16 @@ class Setting:
         """The value as its type, from Python, YAML or a flag's text; raises UserError naming the key and the rule."""
         if self.plain is not self.type and (value is None or value == "none"):
             return None
-        if typing.get_origin(self.plain) is tuple:
+        if self.many:
             items = value.replace(",", " ").split() if isinstance(value, str) else value
             items = items if isinstance(items, list | tuple) else [items]
-            return tuple(self._one(float, item) for item in items)
-        if self.choices:
-            if value not in self.choices:
-                raise UserError(f"{self.key} is one of {', '.join(self.choices)}; given {value!r}{self._guess(value)}")
-            return value
-        return self._one(self.plain, value)
+            return tuple(self._chosen(item) if self.choices else self._one(self.item, item) for item in items)
+        return self._chosen(value) if self.choices else self._one(self.plain, value)
+
+    def _chosen(self, value: Any) -> Any:
+        if value not in self.choices:
+            raise UserError(f"{self.key} is one of {', '.join(self.choices)}; given {value!r}{self._guess(value)}")
+        return value
 
     def _one(self, kind: Any, value: Any) -> Any:
         number = _as(kind, value)
@@ -98,7 +110,7 @@ class Setting:
         if self.default is dataclasses.MISSING:
             return ""
         if isinstance(self.default, tuple):
-            return " ".join(f"{x:g}" for x in self.default)
+            return " ".join(x if isinstance(x, str) else f"{x:g}" for x in self.default)
         return "none" if self.default is None else str(self.default).lower()
 
     @property

@@ -29,6 +29,7 @@ from prunus.scoring import importance, moments
 from prunus.searching.grids import Space, grid_of, searchable
 from prunus.searching.objective import Divergence, no_weights
 from prunus.searching.space import AttentionUnit, SearchSpace, space_of
+from prunus.searching.storage import database, is_url
 from prunus.subnetwork import SubNetwork
 from prunus.targets import TIMES, UNITS, Target
 from prunus.texts import calibration
@@ -316,6 +317,11 @@ def space_of_run(s: Session) -> Space:
     return grid_of(s.model.config, c.train.space, layer_order=s.layer_order, mlp_step=c.search.mlp_step)
 
 
+def widest_space(s: Session) -> SearchSpace:
+    """The space that is searched, before anything is known of the importance of layers."""
+    return _space(s, list(range(len(s.stream))))
+
+
 def _price_of_layers(curves: Sequence[sensitivity.Curve], n_layers: int) -> list[int]:
     """Layers in the order of what dropping them whole costs, the dearest first."""
     price = {i: sum(curve.nats[-1] for curve in curves if curve.layer == i) for i in range(n_layers)}
@@ -326,17 +332,20 @@ def check_request(s: Session) -> None:
     """Refuse, before any long work, what cannot be reached: targets outside the space, a uniform export that the
     family's stock configuration cannot hold. Where targets are times, the table of this device is fetched or measured.
     """
+    c = s.config.search
     if s.config.uniform and (refusal := checkpoint.uniform_refusal(s.model.config, s.family, s.whole)):
         raise UserError(refusal)
     kept = sum(t.value if t.kind == "keep" else 1.0 for t in s.config.targets)
     s.run.require_space(
         int(2 * kept * costs.n_bytes(s.layout, s.whole, s.width)), "the checkpoints and their refitted weights"
     )
-    space = _space(s, list(range(len(s.stream))))
+    space = widest_space(s)
     _check_trained_space(s, space)
+    if is_url(c.storage):
+        database(str(c.storage))
     if s.config.constraint in TIMES:
         runtimes.check(s.model, s.family, s.config.budget, space)
-        s.timetable = _timetable(s)
+        s.timetable = timetable_of(s)
     for target in s.config.targets:
         if target.kind == "keep":
             space.window(s.cost, target.value, of=s.cost(s.whole), slack=slack(s))
@@ -365,7 +374,7 @@ def _check_trained_space(s: Session, space: SearchSpace) -> None:
         raise UserError("--search shen chooses for every layer by itself; leave --search-space trained out")
 
 
-def _timetable(s: Session) -> Timetable:
+def timetable_of(s: Session) -> Timetable:
     """The table that this run goes by: the run's own, so that the same command again decides alike."""
 
     def save(table: Timetable, path: Path) -> None:

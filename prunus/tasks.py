@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -79,6 +80,7 @@ def evaluate_tasks(
     *,
     path: str | Path | None = None,
     limit: int | None = None,
+    skip: int = 0,
     batch: int = 8,
     seed: int = 0,
     advance: Callable[[int], None] = lambda n: None,
@@ -86,30 +88,20 @@ def evaluate_tasks(
     """Accuracies of a model, with standard errors, as plain data.
 
     path: a folder of lm-eval task files; only those are read then, which needs no network where they name local data.
-    limit: examples of each task at most (of each of MMLU's subjects). advance is told the tasks that are done.
+    limit: examples of each task at most (of each of MMLU's subjects). skip: examples that come before those; it needs
+    a limit. advance is told the tasks that are done.
     Returns {"tasks": [{task, value, se, metric, shots, n}], "mean", "mean_se", "limit"}; the standard error of the mean
     is that of independent tasks. Raises UserError for a missing package, folder, task or data, before the first forward
     where it can be known.
     """
-    try:
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UserError("tasks need the package lm-eval; install it with pip install 'prunus[eval]'") from error
-    if path is not None and not Path(path).is_dir():
-        raise UserError(f"{str(path)!r} is no folder; give one of lm-eval task files with --tasks-path")
-    for name in ("lm_eval", "lm-eval"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(path) if path else None, include_defaults=path is None)
-    known = set(manager.all_tasks)
-    if unknown := [a.task for a in asked if a.task not in known]:
-        where = f" in {str(path)!r}" if path else ""
-        raise UserError(f"lm-eval knows no task {unknown[0]!r}{where}; {_some(unknown[0], known)}")
+    manager = manager_of(asked, path)
+    from lm_eval.models.huggingface import HFLM
+
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     found: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(a.shots for a in asked):
         own = [a for a in asked if a.shots == shots]
-        raw = _evaluated(wrapped, own, shots, manager, limit, seed)
+        raw = _evaluated(wrapped, own, shots, manager, (skip, limit), seed)
         found |= {a.task: _figure(raw, a) for a in own}
         advance(len(own))
     values = [one["value"] for one in found.values()]
@@ -120,6 +112,32 @@ def evaluate_tasks(
         "mean_se": math.sqrt(sum(e * e for e in errors)) / len(errors) if None not in errors else None,
         "limit": limit,
     }
+
+
+def manager_of(asked: Sequence[Asked], path: str | Path | None = None) -> Any:
+    """lm-eval's manager of the tasks that it knows; raises UserError where it is missing, or does not know one."""
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise UserError("tasks need the package lm-eval; install it with pip install 'prunus[eval]'") from error
+    if path is not None and not Path(path).is_dir():
+        raise UserError(f"{str(path)!r} is no folder; give one of lm-eval task files with --tasks-path")
+    for name in ("lm_eval", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    manager = _manager(str(path) if path else None)
+    known = set(manager.all_tasks)
+    if unknown := [a.task for a in asked if a.task not in known]:
+        where = f" in {str(path)!r}" if path else ""
+        raise UserError(f"lm-eval knows no task {unknown[0]!r}{where}; {_some(unknown[0], known)}")
+    return manager
+
+
+@cache
+def _manager(path: str | None) -> Any:
+    """Reading the thousands of task files of lm-eval takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=path, include_defaults=path is None)
 
 
 def task_scores(
@@ -134,15 +152,17 @@ def task_scores(
 
 
 def _evaluated(
-    wrapped: Any, asked: Sequence[Asked], shots: int, manager: Any, limit: int | None, seed: int
+    wrapped: Any, asked: Sequence[Asked], shots: int, manager: Any, some: tuple[int, int | None], seed: int
 ) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
+    (skip, limit), names = some, [a.task for a in asked]
     try:
+        samples = _later(manager, names, skip, limit) if skip and limit else None
         raw = simple_evaluate(
-            model=wrapped, tasks=[a.task for a in asked], num_fewshot=shots, task_manager=manager, limit=limit,
-            log_samples=False, bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            model=wrapped, tasks=names, num_fewshot=shots, task_manager=manager, limit=None if samples else limit,
+            samples=samples, log_samples=False, bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
+            torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
     except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
@@ -153,6 +173,27 @@ def _evaluated(
             "local data with --tasks-path"
         ) from error
     return dict(raw or {})
+
+
+def _later(manager: Any, names: list[str], skip: int, limit: int) -> dict[str, list[int]]:
+    """The numbers of `limit` examples of every task after the first `skip`, by its own name (groups hold several)."""
+    from lm_eval.tasks import get_task_dict
+
+    def leaves(found: Mapping[Any, Any]) -> dict[str, Any]:
+        own = {str(k): v for k, v in found.items() if not isinstance(v, Mapping)}
+        for inner in (v for v in found.values() if isinstance(v, Mapping)):
+            own |= leaves(inner)
+        return own
+
+    newer = hasattr(manager, "load")  # which returns the tasks of groups too
+    found = manager.load(names)["tasks"] if newer else leaves(get_task_dict(names, manager))
+    later = {}
+    for name, task in found.items():
+        n = len(task.eval_docs)
+        if n <= skip:
+            raise UserError(f"{name} has {n} examples, and the first {skip} are taken; give a lower limit of examples")
+        later[name] = list(range(skip, min(n, skip + limit)))
+    return later
 
 
 def _figure(raw: Mapping[str, Any], one: Asked) -> dict[str, Any]:
@@ -185,4 +226,4 @@ def _some(asked: str, known: set[str], n: int = 12) -> str:
     return f"known are {', '.join(listed[:n])}" + (f" and {len(listed) - n} more" if len(listed) > n else "")
 
 
-__all__ = ["SUITES", "Asked", "asked_for", "evaluate_tasks", "task_scores"]
+__all__ = ["SUITES", "Asked", "asked_for", "evaluate_tasks", "manager_of", "task_scores"]

@@ -114,6 +114,11 @@ def rendered(result: Mapping[str, Any]) -> Iterator[Table | Text]:
     """A table of networks where there are some; else `name value` lines, then tables of what has rows."""
     if "chosen" in result:
         yield networks([*([result["dense"]] if "dense" in result else []), *result["chosen"]])
+        if result.get("front"):
+            yield Text()
+            yield rows([{"parameters": p["parameters"], **p["values"]} for p in result["front"]["searched"]["front"]])
+            sides = (("hypervolume", "searched"), ("of a random search", "control"))
+            yield pairs({name: result["front"][side]["hypervolume"] for name, side in sides})
     elif "ppl" in result:
         yield evaluation(result)
         if result.get("speed") and "against" not in result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from tiny import CONFIGS, tiny
@@ -12,6 +13,7 @@ from prunus.errors import UserError
 from prunus.models import costs
 from prunus.models.families import family_of, full
 from prunus.models.slicing import check_subnetwork, extract
+from prunus.recording import pictures
 from prunus.searching.grids import NAMES, Grid, along, cuts_hidden, grid_of
 from prunus.subnetwork import SubNetwork
 from prunus.training import draws
@@ -145,3 +147,30 @@ def test_strategies_draw_what_they_say(strategy: str, n: int, ends: tuple[bool, 
     if strategy == "sandwich":
         assert all(step[-1] == space.smallest() for step in found)
     assert found == [list(draw(random.Random(seed))) for seed in range(20)]
+
+
+@pytest.mark.parametrize("sampler", ["grid-params", "random"])
+def test_the_picture_of_sizes_shows_real_draws(sampler: str, tmp_path: Path) -> None:
+    """Its bars are the histogram of what is drawn, and show the skew of uniform draws and what bins make of it."""
+    model, cost = cost_of()
+    space = grid_of(model.config, "llama_joint")
+    least, most = cost(space.smallest()), cost(space.largest())
+    pool = draws.pool_of(space, cost, sampler, bins=8)  # type: ignore[arg-type]
+    drawn = {"uniform draws": draws.histogram(space, cost, None, bins=8)}
+    if pool.networks:
+        drawn[sampler] = draws.histogram(space, cost, pool, bins=8)
+    figure = pictures.sizes(drawn, least, most)
+    assert [ax.get_title(loc="left") for ax in figure.axes] == list(drawn)
+    highest = []
+    for ax, counts in zip(figure.axes, drawn.values(), strict=True):
+        bars = sorted(ax.patches, key=lambda bar: bar.get_x())
+        assert [bar.get_height() for bar in bars] == pytest.approx([100 * n / 2000 for n in counts])
+        assert bars[0].get_x() == pytest.approx(least / 1e6)
+        assert bars[-1].get_x() + bars[-1].get_width() == pytest.approx(most / 1e6)
+        highest.append(max(bar.get_height() for bar in bars))
+    rng = random.Random("histogram 0")
+    small = sum(cost(space.sample(rng)) < least + (most - least) / 8 for _ in range(2000))
+    assert drawn["uniform draws"][0] == small
+    if sampler == "grid-params":
+        assert highest[0] > 1.4 * highest[1]
+    assert all(path.stat().st_size > 5000 for path in pictures.save(figure, tmp_path / "sizes"))

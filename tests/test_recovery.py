@@ -23,7 +23,7 @@ from prunus.evaluation import perplexity, text_ids
 from prunus.models import loading
 from prunus.models.families import family_of, full
 from prunus.models.slicing import activate, extract
-from prunus.pipeline import compress
+from prunus.pipeline import compress, step
 from prunus.subnetwork import LayerShape, SubNetwork
 from prunus.training import supernet
 from prunus.training.recovery import recover
@@ -140,6 +140,10 @@ def test_sub_networks_of_the_trained_super_network_are_better(trained: tuple[Pat
         before = perplexity(dense, ids, length=64).nats
     assert after < before
     assert len(pool["histogram"]["random"]) == 21
+    assert "![sizes of uniform draws and of the pool](report/sizes.png)" in (out / "report.md").read_text()
+    (out / "report" / "sizes.png").unlink()
+    assert step(out, "train", {})["sizes"] == str(out / "report" / "sizes.png")
+    assert (out / "report" / "sizes.png").stat().st_size > 10_000
 
 
 def test_a_finished_training_is_not_done_again(

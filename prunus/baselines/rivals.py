@@ -39,6 +39,8 @@ def check(config: CompressConfig) -> Baseline:
         )
     if config.train.data:
         raise UserError(f"{config.method} is not trained; leave --train out, and give the checkpoint to prunus recover")
+    if config.front.objectives:
+        raise UserError(f"--front is for our own search; {config.method} has none, so leave it out")
     if config.uniform:
         raise UserError(f"--uniform is for our own search; {config.method} keeps what it keeps, so leave it out")
     return baseline

@@ -14,6 +14,7 @@ from prunus.targets import LIMITS
 
 TARGETS = ("keep", *(f"budget.{kind}" for kind in LIMITS))  # more of the same kind only add networks
 FIRST = {"report": "evaluate"}  # a verb that does more than the step of its name: the first step that is its own
+VERBS = {"evaluate": "report", "front": "search"}  # the verb of a step that has none of its own
 
 
 def step_of(key: str, steps: Sequence[str] = STEPS) -> str:
@@ -27,10 +28,10 @@ def is_free(key: str) -> bool:
 
 
 def only_adds(key: str, old: Any, new: Any) -> bool:
-    """True if the new value leaves all that was made from the old one right: more ratios, a first test text."""
+    """True if the new value leaves all that was made from the old one right: more ratios, a first text or front."""
     if key in TARGETS:
         return bool(old) and set(old) <= set(new or ())
-    return key == "test_text" and old is None and new is not None
+    return key in ("test_text", "front.objectives") and not old and bool(new)
 
 
 def first_touched(
@@ -52,7 +53,7 @@ def advice(run: Path, values: Mapping[str, Any], keys: Sequence[str]) -> str:
     if STEPS[0] in own:
         return "leave them as they are: everything else was made from them"
     first = min(own, key=STEPS.index)
-    verb = next((verb for verb, step in FIRST.items() if step == first), first)
+    verb = VERBS.get(first, first)
     wanted = [word for key in keys for word in ("--set", f"{key}={_typed(values.get(key))}")]
     return f"do that step and the later ones again: {shlex.join(['prunus', verb, str(run), *wanted])}"
 

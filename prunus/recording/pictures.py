@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -270,6 +270,35 @@ def _perplexity_panel(
     ax.minorticks_off()
     ax.set_ylabel("perplexity")
     ax.set_title(f"Perplexity: {text}")
+
+
+# ------------------------------------------------------------------------------------------------------------- draws
+
+
+def sizes(drawn: Mapping[str, Sequence[int]], least: float, most: float) -> Figure:
+    """How the sizes of drawn networks are spread: one histogram for each way of drawing, over the same bins.
+
+    drawn: counts of equally wide bins between `least` and `most` parameters, by the name of the sampler.
+    Sukthanker et al. 2024 (arXiv:2410.06479v1, figure 2a-b) show with it what bins cure.
+    """
+    colours = (GREY, BLUE, *(colour for colour, _ in MARKS))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.0 * len(drawn) + 0.4, 3.8), layout="constrained")
+        axes = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
+        for ax, colour, (name, counts) in zip(axes, colours, drawn.items(), strict=False):
+            edges = np.linspace(least / 1e6, most / 1e6, len(counts) + 1)
+            shares = 100 * np.asarray(counts) / max(1, sum(counts))
+            ax.bar(edges[:-1], shares, width=np.diff(edges), align="edge", color=colour, edgecolor="white", lw=0.8)
+            empty = int((np.asarray(counts) == 0).sum())
+            most_in_one = f"{shares.max():.0f} % of {sum(counts):,} draws in the fullest bin"
+            ax.set_title(name)
+            ax.annotate(f"{most_in_one}\n{empty} of {len(counts)} bins empty", (0.98, 0.97), xycoords="axes fraction",
+                        ha="right", va="top", fontsize=9)  # fmt: skip
+            ax.set_xlabel("parameters (millions)")
+            ax.set_xlim(edges[0], edges[-1])
+        axes[0].set_ylabel("share of the draws (%)")
+        axes[0].set_ylim(0, axes[0].get_ylim()[1] * 1.12)
+        return figure
 
 
 # -------------------------------------------------------------------------------------------------------------- kept

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from prunus.recording import pictures
+from prunus.recording import pictures, tradeoffs
 from prunus.recording.artefact import write_text
 from prunus.recording.pictures import ErrorCurve, Network, Step, Tried
 from prunus.timing.timetable import Timetable
@@ -39,6 +39,8 @@ class ReportData(TypedDict):
     prompt: NotRequired[str]  # of the samples
     rival: NotRequired[dict[str, Any]]  # whose method it is, where it is not ours: name, title, paper, notes by network
     latency: NotRequired[dict[str, Any]]  # the table that times were predicted by, as JSON
+    front: NotRequired[dict[str, Any]]  # a front of several objectives and its control: RUN/search/front.json
+    draws: NotRequired[dict[str, Any]]  # sizes that the training drew from: counts, least, most, sampler
 
 
 def write_report(run_dir: Path | str, data: ReportData) -> Path:
@@ -58,6 +60,10 @@ def write_report(run_dir: Path | str, data: ReportData) -> Path:
     if "latency" in data:
         pictures.save(pictures.front_of_times(data["dense"], data["chosen"]), folder / "latency")
         pictures.save(pictures.staircase(Timetable.from_json(json.dumps(data["latency"]))), folder / "staircase")
+    if data.get("front"):
+        pictures.save(tradeoffs.searched_front(data["front"]), folder / "searched")
+    if data.get("draws"):
+        save_draws(data["draws"], folder)
     write_text(run_dir / "report.json", json.dumps(data, indent=1))
     write_text(run_dir / "report.md", markdown(data))
     return run_dir / "report.md"
@@ -70,7 +76,9 @@ def markdown(data: ReportData) -> str:
         _figures(data),
         _front(data),
         _times(data),
+        _searched(data),
         _kept(data),
+        _draws(data),
         _samples(data),
         _loading(data),
         _cost(data),
@@ -193,6 +201,57 @@ def _times(data: ReportData) -> str:
             f"While the table was measured, times of whole forwards varied by {100 * data['latency']['spread']:.1f} % "
             f"(half the distance of the quartiles); for the dense model, measured beside it, the table is off by "
             f"{100 * data['latency']['check']:.1f} %.",
+        ]
+    )
+
+
+def _searched(data: ReportData) -> str:
+    """A front of several objectives, beside its random-search control."""
+    found = data.get("front")
+    if not found:
+        return ""
+    names, own = found["objectives"], found["searched"]
+    rows = [
+        [_millions(row["parameters"]), f"{100 * row['kept']:.1f} %"]
+        + [_with_error(row["values"][name], row["errors"][name]) for name in names]
+        for row in own["front"]
+    ]
+    return "\n\n".join(
+        [
+            f"## A front of {' and '.join(names)}",
+            "![the searched front beside a random search](report/searched.png)",
+            f"Blue: {found['method']}, {found['evaluations']} networks judged. Grey: as many random ones, of evenly "
+            "spread sizes. Points with bars are each search's front, judged again on text (or task examples) that no "
+            "search has seen, with standard errors; faint ones are all that was tried, on the search's own. Weights "
+            "are one-shot, before the final pass. Hypervolume, the share of the box from the best to a little "
+            f"beyond the worst of both fronts that each dominates: {own['hypervolume']:.3f} searched, "
+            f"{found['control']['hypervolume']:.3f} at random. `search/front.json` holds every network.",
+            table(["parameters", "kept", *(_cell(title) for title in found["titles"])], rows),
+        ]
+    )
+
+
+def _with_error(value: float, error: float | None) -> str:
+    shown = f"{value:.4g}" if abs(value) < 1e5 else f"{value:.5g}"
+    return shown if error is None else f"{shown} ± {error:.2g}"
+
+
+def save_draws(draws: Mapping[str, Any], folder: Path) -> Path:
+    """Draw the sizes that a training draws from as `sizes.png` and `.svg` into a folder; return the PNG's path."""
+    drawn = {"uniform draws": draws["random"]}
+    if draws.get("pool"):
+        drawn[f"drawn from the pool, {draws['sampler']}"] = draws["pool"]
+    return pictures.save(pictures.sizes(drawn, draws["least"], draws["most"]), folder / "sizes")[0]
+
+
+def _draws(data: ReportData) -> str:
+    if not data.get("draws"):
+        return ""
+    return "\n\n".join(
+        [
+            "## What the training drew",
+            "![sizes of uniform draws and of the pool](report/sizes.png)",
+            "Uniform widths give skewed sizes; bins of parameter counts cure that.",
         ]
     )
 

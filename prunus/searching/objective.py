@@ -17,6 +17,7 @@ from prunus.models.slicing import Override, activate
 from prunus.models.stream import LayerStream
 from prunus.subnetwork import SubNetwork
 
+IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
 Weights = Callable[[SubNetwork], Override]
 
 
@@ -39,6 +40,8 @@ class Divergence:
     Gives one value per window, so that candidates can be compared in pairs (the `Objective` of a search).
     kind "kl": KL(dense || candidate), "ppl": negative log-likelihood of the next token; both in nats per position.
     holdout: windows for negative draws, which no search draw sees.
+    labels, holdout_labels: of windows of training data (-100 where a token carries no loss): with kind "ppl", the loss
+        of every labelled token, whatever the stride; a window without any counts as 0, so leave such out.
     stride: every how many positions the head is evaluated (the head is a large share of a small model).
     """
 
@@ -48,6 +51,8 @@ class Divergence:
     kind: Literal["kl", "ppl"] = "kl"
     windows: tuple[int, ...] = (4, 16)  # windows evaluated at each rung
     holdout: Tensor | None = None
+    labels: Tensor | None = None
+    holdout_labels: Tensor | None = None
     stride: int = 4
     micro: int = 2  # windows that run together
     seed: int = 0
@@ -121,6 +126,9 @@ class Divergence:
             for i in range(len(trail) - 1, len(self.stream)):
                 trail.append(self.stream.run(i, trail[-1]))
                 self.forward_tokens += ids.numel() / len(self.stream)
+            labels = self.holdout_labels if holdout else self.labels
+            if labels is not None:
+                return [self._loss(h, row) for h, row in zip(trail[-1], labels[batch], strict=True)]
             return self._values(trail[-1], reference, ids)
 
     def _positions(self, hidden: Tensor) -> Tensor:
@@ -137,6 +145,15 @@ class Divergence:
             for k, h in zip(new, self._positions(hidden), strict=True):
                 self._dense[holdout, batch[k]] = h.clone()
         return self.stream.logits(torch.stack([self._dense[holdout, w] for w in batch]))
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> float:
+        """Cross entropy of the labelled tokens of one window, nats per token."""
+        targets = labels[1:].to(hidden.device)
+        carries = targets != IGNORED
+        if not carries.any():
+            return 0.0
+        logits = self.stream.logits(hidden[:-1][carries])
+        return float(torch.nn.functional.cross_entropy(logits.float(), targets[carries]))
 
     def _values(self, hidden: Tensor, reference: Tensor | None, ids: Tensor) -> list[float]:
         logits = self.stream.logits(self._positions(hidden))

@@ -1,28 +1,25 @@
-"""Floor 3: the search for good sub-networks under a budget: level-switch evolution, its random control, and fronts.
+"""Floor 3: the search for good sub-networks under a budget: level-switch evolution, its random control, and others.
 
 Every function here is deterministic in its seed and in the scores it is given, so a killed search resumes by being
-called again on the same record (`study.py`). Shen's evolution is in `shen.py`, the knapsack in `allocate.py`.
+called again on the same record (`study.py`). Shen's evolution is in `shen.py`, the knapsack in `allocate.py`, searches
+over all sizes at once in `pareto.py`.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import TypeVar
-
-import optuna
-from optuna.distributions import BaseDistribution, IntDistribution
+from typing import Literal
 
 from prunus.searching.moves import Predict, Prices, Window, fit, mutate, scatter
+from prunus.searching.pareto import guided, sampler
 from prunus.searching.space import Cost, SearchSpace
-from prunus.searching.study import Judged, Ledger, Objective, Record, Tell, Trial
+from prunus.searching.study import Judged, Ledger, Objective, Record, Tell
 from prunus.subnetwork import SubNetwork
 
 Propose = Callable[[SubNetwork, random.Random, float], SubNetwork | None]  # parent, rng, step -> candidate
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -247,88 +244,118 @@ def _start(starts: Sequence[SubNetwork], scores: Sequence[Judged], z: float) -> 
     return best
 
 
-# -------------------------------------------------------------------------------------------------- fronts
+# ------------------------------------------------------------------------------------------- on one set of tokens
 
 
-def nsga2(
+@dataclass(frozen=True)
+class LocalSettings:
+    """How the local search goes about it."""
+
+    generations: int = 40
+    neighbours: int = 16  # judged together, so that several processes can share them
+    patience: int = 3  # generations without a better neighbour before it starts anew
+    kick: tuple[int, int] = (3, 6)  # swaps from the best network to a new start
+    step: float = 0.5  # greatest change of one sub-block, in shares of an average whole sub-block
+    leap: float = 0.1  # probability of a change of any size instead
+    accept_z: float = 0.5  # standard errors by which a neighbour must be better
+
+
+def local(
     space: SearchSpace,
     objective: Objective,
     cost: Cost,
+    budget: Window,
     *,
-    budget: Window | None = None,
     start: Sequence[SubNetwork] = (),
-    n_trials: int = 200,
-    population: int = 20,
+    rung: int = 0,
     seed: int = 0,
     record: Record | None = None,
-    draw: int = 0,
-    rung: int = 0,
-    sampler: optuna.samplers.BaseSampler | None = None,
+    settings: LocalSettings | None = None,
     progress: Tell | None = None,
-) -> list[Trial]:
-    """Score and cost minimised together by Optuna's NSGA-II (or any other of its samplers); returns the front.
+) -> Found:
+    """Local search: the best neighbour by one equal-cost swap, as long as it is better; then from another start.
 
-    budget: costs that candidates are moved into (default: the whole space). All are judged on one draw and rung,
-    because dominance compares candidates of different generations; judge the front again on held-out tokens.
-    The sampler sees levels (0 is the largest option) in a study in memory, fed in order, so a resumed call repeats its
-    choices exactly.
+    start: as for `levels`; the first is the allocation's, the others are later starts, and when they are used up, the
+    best network after a few random swaps. All are judged on draw 0 of one rung, because starts are compared with each
+    other; the first start is returned unless the best is better than it on a held-out draw.
     """
-    prices, rng = Prices(space, cost), random.Random(f"nsga2 {seed}")
-    kept = record or Record.open(None, space, costs={"cost": cost})
-    ledger = Ledger(kept, objective, "nsga2", budget)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    guide = optuna.create_study(
-        directions=["minimize", "minimize"],
-        sampler=sampler or optuna.samplers.NSGAIISampler(population_size=population, seed=seed),
-    )
-    genes, asked = space.genes, list[SubNetwork]()
-    ranges: dict[str, BaseDistribution] = {gene.name: IntDistribution(0, len(gene.options) - 1) for gene in genes}
-    for sub in start:
-        guide.enqueue_trial({gene.name: level for gene, level in zip(genes, space.snap(sub), strict=True)})
-    for n in range(n_trials):
-        trial = guide.ask(ranges)
-        sub = space.build([trial.params[gene.name] for gene in genes])
-        if budget is not None:
-            sub = fit(prices, sub, budget, rng) or scatter(prices, budget, rng)
-        [score] = ledger.judge([sub], draw, rung)
-        asked.append(sub)
-        guide.tell(trial, [score.value, float(cost(sub))])
-        if progress is not None and (n + 1) % population == 0:
-            progress(f"nsga2 {n + 1}/{n_trials}: {ledger.n_tokens / 1e6:.2f} M tokens")
-    mine = {sub.key() for sub in asked}
-    own = [t for t in kept.trials() if t.draw == draw and t.rung == rung and t.subnetwork.key() in mine]
-    return front(own, lambda t: (t.value, float(cost(t.subnetwork))))
+    s = settings or LocalSettings()
+    prices, rng = Prices(space, cost), random.Random(f"local {seed}")
+    ledger = Ledger(record or Record.open(None, space), objective, "local", budget)
+    starts = [sub for sub in (fit(prices, one, budget, rng) for one in start) if sub is not None]
+    first, *waiting = starts or [scatter(prices, budget, rng)]
+    step = s.step * cost(space.largest()) / max(1, len(space.genes) - 1)
+
+    def moved(sub: SubNetwork, n_swaps: int) -> SubNetwork | None:
+        found = mutate(prices, space.levels(sub), budget, rng, step=step, n_swaps=n_swaps, leap=s.leap)
+        return None if found is None else space.build(found)
+
+    [score] = ledger.judge([first], 0, rung)
+    here, best, since, accepted = (first, score), (first, score), 0, list[int]()
+    for generation in range(s.generations):
+        if since == s.patience:
+            new = waiting.pop(0) if waiting else moved(best[0], rng.randint(*s.kick)) or best[0]
+            here, since = (new, ledger.judge([new], 0, rung)[0]), 0
+        mutants = dict.fromkeys(moved(here[0], 1) for _ in range(2 * s.neighbours))
+        subs = [sub for sub in mutants if sub is not None][: s.neighbours]
+        pairs = zip(subs, ledger.judge(subs, 0, rung), strict=True)
+        nearest = min(pairs, key=lambda pair: pair[1].value, default=here)
+        better = _better(nearest[1], here[1], s.accept_z)
+        here, since = (nearest, 0) if better else (here, since + 1)
+        if _better(here[1], best[1], 0.0):
+            best = here
+            accepted.append(generation)
+        if progress is not None:
+            progress(f"local {generation + 1}/{s.generations}: {ledger.n_tokens / 1e6:.2f} M tokens")
+    return _ended(ledger, best[0], first, rung, s.generations, accepted)
 
 
-def front(items: Iterable[T], values: Callable[[T], tuple[float, ...]]) -> list[T]:
-    """The items that no other one dominates (all values lower or equal, one lower), cheapest last value first.
+def sampled(
+    space: SearchSpace,
+    objective: Objective,
+    cost: Cost,
+    budget: Window,
+    method: Literal["nsga2", "tpe"],
+    *,
+    start: Sequence[SubNetwork] = (),
+    generations: int = 10,
+    population: int = 16,
+    rung: int = 0,
+    seed: int = 0,
+    record: Record | None = None,
+    progress: Tell | None = None,
+) -> Found:
+    """A sampler of Optuna inside one budget: TPE minimises the score, NSGA-II the score and the cost together.
 
-    Of items with equal values the first one stays. A law: the order of the result does not depend on their order.
+    All candidates are judged on draw 0 of one rung, `population` of them at a time; the first start is returned unless
+    the best is better than it on a held-out draw.
     """
-    best: dict[tuple[float, ...], T] = {}
-    for item in items:
-        best.setdefault(tuple(values(item)), item)
-    points = sorted(best, key=lambda v: v[::-1])
-    if points and len(points[0]) == 2:
-        kept, least = [], math.inf
-        for point in points:
-            if point[0] < least:
-                kept.append(point)
-                least = point[0]
-    else:
-        kept = [p for p in points if not any(_dominates(q, p) for q in points)]
-    return [best[point] for point in kept]
+    ledger = Ledger(record or Record.open(None, space), objective, method, budget)
+
+    def score(subs: Sequence[SubNetwork]) -> list[float]:
+        return [judged.value for judged in ledger.judge(subs, 0, rung)]
+
+    def price(subs: Sequence[SubNetwork]) -> list[float]:
+        return [cost(sub) for sub in subs]
+
+    points = guided(
+        space, (score,) if method == "tpe" else (score, price), cost, sampler(method, population, seed), window=budget,
+        start=start, n_trials=max(1, generations * population), batch=population, seed=seed, tell=progress,
+    )  # fmt: skip
+    best = min(points, key=lambda point: point.values[0])
+    first = points[0].subnetwork  # the first start, moved into the budget
+    return _ended(ledger, best.subnetwork, first, rung, generations, ())
 
 
-def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+def _ended(
+    ledger: Ledger, best: SubNetwork, first: SubNetwork, rung: int, generations: int, accepted: Sequence[int]
+) -> Found:
+    """The best or, if that is not better on held-out tokens, the first."""
+    score, first_score = ledger.judge([best, first], -1, rung)
+    if not _better(score, first_score, 0.0):
+        best, score = first, first_score
+    n = (ledger.n_tokens, ledger.n_evaluations, generations)
+    return Found(best, score, first, first_score, *n, tuple(accepted))
 
 
-def hypervolume(points: Iterable[tuple[float, float]], reference: tuple[float, float]) -> float:
-    """The area between the points and a reference point that is worse than all of them in both values."""
-    inside = [p for p in points if p[0] < reference[0] and p[1] < reference[1]]
-    steps = [*front(inside, lambda p: p), (-math.inf, reference[1])]  # ascending second value, descending first
-    return sum((reference[0] - a[0]) * (b[1] - a[1]) for a, b in pairwise(steps))
-
-
-__all__ = ["Found", "LevelSettings", "front", "hypervolume", "levels", "nsga2", "random_search"]
+__all__ = ["Found", "LevelSettings", "LocalSettings", "levels", "local", "random_search", "sampled"]

@@ -1,8 +1,8 @@
-"""Floor 2: the record of a search: an Optuna study in a journal file, which is also the memory that makes it resumable.
+"""Floor 2: the record of a search: an Optuna study in a journal file or a database, the memory that makes it resumable.
 
 A search is a deterministic function of its seed and of the scores it is given. Scores that the journal holds are not
 computed again, so the same call resumes: it replays what is known in seconds and goes on. Several processes may run
-the same call on one journal; they then share the work and come to the same answer.
+the same call on one journal or database; they then share the work and come to the same answer.
 """
 
 from __future__ import annotations
@@ -13,23 +13,18 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
 from prunus.errors import UserError
+from prunus.searching import storage
+from prunus.searching.claims import Claims, Key, LockClaims, TrialClaims
 from prunus.searching.space import Cost, SearchSpace
 from prunus.subnetwork import SubNetwork
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: two processes may then compute the same candidate, and both results agree
-    fcntl = None  # type: ignore[assignment]
 
 Tell = Callable[[str], None]  # told one line for each generation
 Score = float | Sequence[float]  # lower is better; a sequence has one value for each window of tokens
@@ -82,15 +77,12 @@ class Judged:
     windows: tuple[float, ...] = ()
 
 
-Key = tuple[str, int, int]  # sub-network, draw, rung
-
-
 class Record:
-    """The trials of one study. Mutable: `judge` adds to it, other processes may add to its journal.
+    """The trials of one study. Mutable: `judge` adds to it, other processes may add to its storage.
 
-    objective: the name of what is minimised; one journal can hold a study for each.
+    objective: the name of what is minimised; one storage can hold a study for each.
     costs: named cost functions, noted with every trial; the first is the study's second objective.
-    n_workers: how many processes work on this journal; more than 1 makes each take small bites.
+    n_workers: how many processes work on this study; more than 1 makes each take small bites.
     """
 
     def __init__(
@@ -103,7 +95,7 @@ class Record:
     ) -> None:
         self.study, self.space, self.costs = study, space, costs
         self.n_workers = n_workers
-        self._claims = claims or Claims(None)
+        self._claims: Claims = claims or LockClaims(None)
         self._distributions = distributions(space)
         self._memo: dict[Key, Judged] = {}
         self._n_read = 0
@@ -119,32 +111,38 @@ class Record:
         costs: Mapping[str, Cost] | None = None,
         belongs_to: Mapping[str, str] | None = None,
         n_workers: int = 1,
+        study: str | None = None,
     ) -> Record:
-        """Open or create a study in a journal file (`None`: in memory).
+        """Open or create a study in a journal file or, by its URL, a database (`None`: in memory).
 
         belongs_to: what the scores depend on (model, calibration tokens, ...), with the space's own key.
-        Raises UserError naming what differs where the study belongs to something else.
+        study: a name before the objective's, where a storage holds studies of several models.
+        Raises UserError naming what differs where the study belongs to something else, and for a database that cannot
+        be used.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         costs = dict(costs or {})
-        storage = None if path is None else _storage(Path(path))
-        n_objectives = 2 if costs else 1
-        study = optuna.create_study(
-            study_name=objective, storage=storage, directions=["minimize"] * n_objectives, load_if_exists=True
+        name = f"{study} {objective}" if study else objective
+        shared = storage.database(str(path)) if storage.is_url(path) else None
+        where = shared or (None if path is None else storage.journal(Path(path)))
+        opened = optuna.create_study(
+            study_name=name, storage=where, directions=["minimize"] * (2 if costs else 1), load_if_exists=True
         )
         owner = {"space": space.key(), "objectives": ", ".join([objective, *list(costs)[:1]]), **(belongs_to or {})}
-        theirs = study.user_attrs.get("belongs_to")
-        if theirs is None:
-            study.set_user_attr("belongs_to", owner)
-        elif theirs != owner:
+        if opened.user_attrs.get("belongs_to") is None:
+            opened.set_user_attr("belongs_to", owner)
+        theirs = opened.user_attrs["belongs_to"]  # another process may have been faster
+        if theirs != owner:
             differs = sorted(k for k in theirs.keys() | owner.keys() if theirs.get(k) != owner.get(k))
             raise UserError(
-                f"the study {objective!r} in {path} belongs to another "
+                f"the study {name!r} in {path} belongs to another "
                 + ", ".join(f"{k} ({theirs.get(k)}, now {owner.get(k)})" for k in differs)
-                + "; use another run directory, or the settings that it was started with"
+                + "; use another run directory, the settings that it was started with, or in a shared storage another "
+                "search.study"
             )
-        claims = None if path is None else Claims(Path(f"{path}.claims"))
-        return cls(study, space, costs, claims, n_workers)
+        if shared is not None:
+            return cls(opened, space, costs, TrialClaims(shared, opened), max(2, n_workers))
+        return cls(opened, space, costs, None if path is None else LockClaims(Path(f"{path}.claims")), n_workers)
 
     def sync(self) -> None:
         """Take in what other processes have recorded."""
@@ -187,7 +185,7 @@ class Record:
         method: str,
         budget: tuple[float, float] | None = None,
     ) -> list[Judged]:
-        """Scores of sub-networks, from the journal where it has them; new ones are recorded one by one.
+        """Scores of sub-networks, from the record where it has them; new ones are recorded one by one.
 
         A killed process loses at most the candidate that it was computing.
         """
@@ -259,57 +257,7 @@ class Record:
                 user_attrs=attrs,
             )
         )
-        self._memo[attrs["key"], draw, rung] = judged
-
-
-class Claims:
-    """Which candidates a process is computing: locks on single bytes of a file, which the kernel frees at its death."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = None if fcntl is None else path
-        self._file: int | None = None
-
-    def take(self, keys: Sequence[Key], limit: int) -> Taken:
-        """Claim up to `limit` keys that nobody else holds, until the end of a with statement."""
-        return Taken(self, keys, limit)
-
-    def lock(self, key: Key) -> bool:
-        if self._path is None:
-            return True
-        if self._file is None:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _offset(key))
-        except OSError:
-            return False
-        return True
-
-    def free(self, key: Key) -> None:
-        if self._file is not None:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _offset(key))
-
-
-class Taken:
-    """The claims held inside a with statement."""
-
-    def __init__(self, claims: Claims, keys: Sequence[Key], limit: int) -> None:
-        self._claims, self._keys, self._limit = claims, keys, limit
-        self._mine: list[Key] = []
-
-    def __enter__(self) -> list[Key]:
-        for key in self._keys:
-            if len(self._mine) < self._limit and self._claims.lock(key):
-                self._mine.append(key)
-        return list(self._mine)
-
-    def __exit__(self, *error: object) -> None:
-        for key in self._mine:
-            self._claims.free(key)
-
-
-def _offset(key: Key) -> int:
-    name, draw, rung = key
-    return (int(name[:12], 16) * 31 + draw * 7919 + rung) % (1 << 52)
+        self.sync()  # where two processes computed the same, the first one's score counts for both
 
 
 def _bite(missing: Mapping[Key, SubNetwork], n_workers: int) -> tuple[list[Key], int]:
@@ -343,30 +291,6 @@ def _judged(score: Score) -> Judged:
         return Judged(math.inf if math.isnan(score) else float(score))
     windows = tuple(math.inf if math.isnan(w) else float(w) for w in score)
     return Judged(sum(windows) / len(windows), windows)
-
-
-def _storage(path: Path) -> optuna.storages.JournalStorage:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _mend(path)
-    return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
-
-
-def _mend(path: Path) -> None:
-    """Cut a last line that a full disk or a lost machine left unfinished."""
-    lock = JournalFileSymlinkLock(str(path))
-    with suppress(FileNotFoundError), path.open("r+b") as file:
-        if not file.seek(0, os.SEEK_END):
-            return
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) == b"\n":
-            return
-        lock.acquire()
-        try:
-            file.seek(0)
-            whole = file.read().rpartition(b"\n")
-            file.truncate(len(whole[0]) + len(whole[1]))
-        finally:
-            lock.release()
 
 
 def params(sub: SubNetwork) -> dict[str, int]:
@@ -411,4 +335,4 @@ class Ledger:
         return self.record.judge(self.objective, subs, draw, rung, method=self.method, budget=self.budget)
 
 
-__all__ = ["Claims", "Judged", "Ledger", "Objective", "Record", "Score", "Tell", "Trial", "distributions", "params"]
+__all__ = ["Judged", "Ledger", "Objective", "Record", "Score", "Tell", "Trial", "distributions", "params"]

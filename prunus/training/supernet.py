@@ -54,10 +54,11 @@ def check(s: Session) -> None:
     check_installed()
     if c.rank:
         adapters.check(s.model, s.family, c.adapt)
-    _windows(s)
+    windows(s)
 
 
-def _windows(s: Session) -> tuple[Windows, Windows | None]:
+def windows(s: Session) -> tuple[Windows, Windows | None]:
+    """The windows that a run trains on, and those that are held out, if any."""
     positions = getattr(s.model.config, "max_position_embeddings", None)
     return windows_of(s.config.train, s.tokenizer, positions, s.config.seed)
 
@@ -127,14 +128,14 @@ def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> None:
 
 def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> nn.Module:
     c, dtype = s.config.train, next(s.model.parameters()).dtype
-    windows, holdout = _windows(s)
+    some, holdout = windows(s)
     pool = _pool(s, ids, orders, space)
     folder = s.run.grow("train", "training")
     folder.mkdir(exist_ok=True)
     teacher = None
     if c.teacher == "dense":
         dense = copy.deepcopy(s.model)
-        teacher = Teacher(dense, folder, windows.ids, f"{s.run.source.get('sha256')}")
+        teacher = Teacher(dense, folder, some.ids, f"{s.run.source.get('sha256')}")
     if c.rank:
         adapters.attach(
             s.model, s.family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt, seed=s.config.seed
@@ -143,7 +144,7 @@ def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) 
         s.model.float()
     draw = draws.draw_of(space, pool, c.strategy, c.drawn)
     job = Job(
-        s.model, s.family, windows, c, folder, seed=s.config.seed, teacher=teacher, holdout=holdout,
+        s.model, s.family, some, c, folder, seed=s.config.seed, teacher=teacher, holdout=holdout,
         draw=draw, watched=_watched(s, space, pool),
         belongs_to={"model": s.run.source.get("sha256"), "pool": [space.key(), *(n.key() for n in pool.networks)]},
     )  # fmt: skip
@@ -156,8 +157,8 @@ def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) 
     s.run.note(
         "train",
         {
-            "data": Path(str(c.data)).name, "windows": len(windows), "tokens": fitted.tokens, "steps": fitted.steps,
-            "seconds": fitted.seconds, "truncated_rows": windows.truncated, "skipped_rows": windows.skipped,
+            "data": Path(str(c.data)).name, "windows": len(some), "tokens": fitted.tokens, "steps": fitted.steps,
+            "seconds": fitted.seconds, "truncated_rows": some.truncated, "skipped_rows": some.skipped,
             "pool": len(pool.networks), "empty_bins": len(pool.empty), "bins": len(pool.bins),
             "held_out": [row for row in fitted.history if "eval_loss" in row],
         },
@@ -191,7 +192,8 @@ def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -
             "attempts": found.attempts,
             "histogram": {
                 "random": draws.histogram(space, cost, None, seed=s.config.seed),
-                "pool": draws.histogram(space, cost, found, seed=s.config.seed),
+                "pool": draws.histogram(space, cost, found, seed=s.config.seed) if found.networks else [],
+                "least": cost(space.smallest()), "most": cost(space.largest()), "sampler": c.sampler,
             },
         }  # fmt: skip
 
@@ -255,4 +257,4 @@ It is an ordinary checkpoint of the full size.
 """
 
 
-__all__ = ["check", "train"]
+__all__ = ["check", "train", "windows"]

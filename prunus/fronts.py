@@ -1,0 +1,263 @@
+"""Floor 5: the step `front`: networks of all sizes, of which none is better than another in everything that counts.
+
+What a search for a front finds, and a random search with as many evaluations, both judged again on what neither saw.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from prunus.choosing import allocated, open_record
+from prunus.errors import UserError
+from prunus.models import costs
+from prunus.models.slicing import activate
+from prunus.searching import pareto
+from prunus.searching.objective import IGNORED, Divergence
+from prunus.searching.options import TITLES
+from prunus.searching.study import Judged, Ledger, Objective
+from prunus.steps import WINDOW, Prepared, Session, slack, timetable_of, widest_space
+from prunus.subnetwork import SubNetwork
+from prunus.targets import TIMES
+from prunus.tasks import asked_for, evaluate_tasks, manager_of
+from prunus.timing import runtimes
+from prunus.training import supernet
+
+SEARCHED = 1  # the rung that candidates are judged on; the front is judged on held-out windows of the highest one
+BEYOND = 0.1  # how far behind the worst of all fronts the reference of a hypervolume lies, in shares of their span
+Held = tuple[float, float | None]  # a value, and its standard error where it has one
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One thing that a front minimises: while it is searched, and afterwards on what the search did not see."""
+
+    name: str
+    search: pareto.Measure
+    held: Callable[[Sequence[SubNetwork]], list[Held]]
+
+
+def check(s: Session) -> None:
+    """Raise UserError for a front that cannot be searched, before any long work."""
+    c = s.config.front
+    if not c.objectives:
+        return
+    space = widest_space(s)
+    space.window(s.cost, c.least, of=s.cost(s.whole))
+    if "loss" in c.objectives and (not s.config.train.data or s.config.train.holdout < 2):
+        raise UserError(
+            "front.objectives names loss, which is taken on the windows of --train that are not trained on; this run "
+            "has no training data, or train.holdout is below 2. Give both, or take perplexity"
+        )
+    if "accuracy" in c.objectives:
+        manager_of(asked_for(c.tasks), c.tasks_path)
+    if "latency" in c.objectives and len(space.hidden) > 1:
+        raise UserError(
+            "front.objectives names latency, and times are measured at the model's own hidden size, but the space of the "
+            f"training has {len(space.hidden)}; leave --search-space trained out, or take flops or bytes"
+        )
+    if "latency" in c.objectives and s.config.constraint not in TIMES:
+        runtimes.check(s.model, s.family, s.config.budget, space)
+
+
+def search_front(s: Session, p: Prepared, chosen: Mapping[str, SubNetwork]) -> dict[str, Any]:
+    """The front that the configuration asks for, and its random-search control, as plain data: RUN/search/front.json.
+
+    chosen: the networks of the targets; the search begins from them and from allocations of sizes between them.
+    """
+    c, whole = s.config.front, s.cost(s.whole)
+    window = c.least * whole, (1 - slack(s)) * whole  # without the dense model, which nobody must find
+
+    def compute() -> dict[str, Any]:
+        axes = [_axis(s, p, name) for name in c.objectives]
+        n = max(3, 3 * c.population // 4 - len(chosen))
+        budgets = [window[0] + (window[1] - window[0]) * k / (n - 1) for k in range(n)]
+        starts = [*chosen.values(), *(sub for budget in budgets for sub in allocated(s, p, budget)[:1])]
+        sides: dict[str, Any] = {}
+        methods: dict[str, pareto.Method] = {"searched": c.method, "control": "random"}
+        with s.progress(f"front of {', '.join(c.objectives)}", 2 * c.evaluations) as advance:
+            for side, method in methods.items():
+                points = pareto.explore(
+                    p.space, [axis.search for axis in axes], s.cost, method, window, start=starts,
+                    n_trials=c.evaluations, batch=c.population, seed=s.config.seed,
+                    tell=lambda _: advance(c.population),
+                )  # fmt: skip
+                sides[side] = _side(s, axes, points)
+        best = {side: [list(point["values"].values()) for point in found["front"]] for side, found in sides.items()}
+        for side, share in volumes(best).items():
+            sides[side]["hypervolume"] = share
+        return {
+            "objectives": list(c.objectives),
+            "titles": [TITLES[name] for name in c.objectives],
+            "method": c.method,
+            "evaluations": c.evaluations,
+            "dense": [value for value, _ in (axis.held([s.whole])[0] for axis in axes)],
+            **sides,
+        }
+
+    return dict(s.run.do("front", "search/front.json", compute, inputs={"errors": s.run.sha256("errors.safetensors")}))
+
+
+def volumes(fronts: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, float]:
+    """What each front dominates, as a share of a box: on every axis from the best of all fronts to the worst of all
+    and a tenth of the way beyond, so that the ends of a front count too.
+    """
+    rows = [row for front in fronts.values() for row in front]
+    if not rows:
+        return dict.fromkeys(fronts, 0.0)
+    low, high = [min(column) for column in zip(*rows, strict=True)], [max(column) for column in zip(*rows, strict=True)]
+    span = [b - a or 1.0 for a, b in zip(low, high, strict=True)]
+
+    def scaled(row: Sequence[float]) -> tuple[float, ...]:
+        return tuple((x - a) / w for x, a, w in zip(row, low, span, strict=True))
+
+    corner = (1 + BEYOND,) * len(low)
+    whole = (1 + BEYOND) ** len(low)
+    return {name: pareto.hypervolume(map(scaled, front), corner) / whole for name, front in fronts.items()}
+
+
+def _side(s: Session, axes: Sequence[Axis], points: Sequence[pareto.Point]) -> dict[str, Any]:
+    """All that one search has tried, and its front: chosen by the search's values, then by those on held-out text."""
+    finite = [point for point in points if all(map(math.isfinite, point.values))]
+    best = pareto.front(finite, lambda point: point.values)
+    subs = [point.subnetwork for point in best]
+    held = list(zip(*(axis.held(subs) for axis in axes), strict=True))
+    names = [axis.name for axis in axes]
+    rows: list[dict[str, Any]] = [
+        {
+            "values": {name: value for name, (value, _) in zip(names, row, strict=True)},
+            "errors": {name: error for name, (_, error) in zip(names, row, strict=True)},
+            "search_values": dict(zip(names, point.values, strict=True)),
+            "parameters": costs.parameters(s.layout, point.subnetwork, "all"),
+            "kept": s.cost(point.subnetwork) / s.cost(s.whole),
+            "subnetwork": point.subnetwork.to_json(),
+        }
+        for point, row in zip(best, held, strict=True)
+    ]
+    rows = [row for row in rows if all(map(math.isfinite, row["values"].values()))]
+    return {
+        "tried": [list(point.values) for point in finite],
+        "front": pareto.front(rows, lambda row: tuple(row["values"].values())),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- axes
+
+
+def _axis(s: Session, p: Prepared, name: str) -> Axis:
+    """One objective by its name in the configuration."""
+    if name in ("kl", "perplexity"):
+        kind: Any = "kl" if name == "kl" else "ppl"
+        windows = replace(p.objective, weights=p.database, kind=kind, forward_tokens=0.0)
+        return _of_tokens(s, p, name, windows, SEARCHED, math.exp if name == "perplexity" else None)
+    if name == "loss":
+        return _of_tokens(s, p, name, _labelled(s, p), 0)
+    if name == "accuracy":
+        return _of_tasks(s, p)
+    return _of_cost(name, _cost(s, name))
+
+
+def _of_tokens(
+    s: Session, p: Prepared, name: str, objective: Divergence, rung: int, shown: Callable[[float], float] | None = None
+) -> Axis:
+    """An objective that is measured on windows of tokens; shown: what becomes of nats."""
+    ledger = Ledger(open_record(s, p, f"front {name}"), objective, "front")
+
+    def judged(subs: Sequence[SubNetwork], draw: int, rung: int) -> list[Judged]:
+        before = objective.forward_tokens
+        found = ledger.judge(subs, draw, rung)
+        s.run.count_tokens(int(objective.forward_tokens - before))
+        return found
+
+    def value(nats: float) -> float:
+        return nats if shown is None or not math.isfinite(nats) else shown(min(nats, 700.0))
+
+    def held(subs: Sequence[SubNetwork]) -> list[Held]:
+        return [
+            (value(one.value), _error(one.windows) * (value(one.value) if shown else 1.0))
+            for one in judged(subs, -1, len(objective.windows) - 1)
+        ]
+
+    return Axis(name, lambda subs: [value(one.value) for one in judged(subs, 0, rung)], held)
+
+
+def _error(windows: Sequence[float]) -> float:
+    return statistics.stdev(windows) / math.sqrt(len(windows)) if len(windows) > 1 else 0.0
+
+
+def _labelled(s: Session, p: Prepared) -> Divergence:
+    """The loss on windows of the training data that are not trained on: half of them for the search, half held out."""
+    _, found = supernet.windows(s)
+    assert found is not None  # check
+    carries = (found.labels != IGNORED).any(1)
+    ids, labels = found.ids[carries], found.labels[carries]
+    half = len(ids) // 2
+    if not half:
+        raise UserError("the windows of --train that are not trained on carry no loss; give a higher train.holdout")
+    return Divergence(
+        s.stream, ids[:half], p.database, kind="ppl", windows=(half,), holdout=ids[half:], labels=labels[:half],
+        holdout_labels=labels[half:], seed=s.config.seed,
+    )  # fmt: skip
+
+
+class TaskError:
+    """One minus the mean accuracy of tasks, of candidates that are active one after the other; never on a copy.
+
+    Draws from 0 up take the first `front.task_limit` examples of each task, negative ones as many others.
+    """
+
+    def __init__(self, s: Session, p: Prepared) -> None:
+        self.s, self.weights, self.asked = s, p.database, asked_for(s.config.front.tasks)
+
+    def n_tokens(self, rung: int) -> int:
+        """Nothing is said of them: examples are of all lengths."""
+        return 0
+
+    def __call__(self, subs: Sequence[SubNetwork], draw: int, rung: int) -> Iterator[float]:
+        for sub in subs:
+            yield 1 - self.found(sub, draw)["mean"]
+
+    def found(self, sub: SubNetwork, draw: int) -> dict[str, Any]:
+        """What lm-eval says of one candidate."""
+        s, c = self.s, self.s.config.front
+        with torch.no_grad(), activate(s.model, s.family, sub, self.weights(sub)):
+            return evaluate_tasks(
+                s.model, s.tokenizer, self.asked, path=c.tasks_path, limit=c.task_limit,
+                skip=c.task_limit if draw < 0 else 0, seed=s.config.seed,
+            )  # fmt: skip
+
+
+def _of_tasks(s: Session, p: Prepared) -> Axis:
+    objective, c = TaskError(s, p), s.config.front
+    judge: Objective = objective
+    ledger = Ledger(open_record(s, p, f"front accuracy of {' '.join(c.tasks)} x {c.task_limit}"), judge, "front")
+
+    def held(subs: Sequence[SubNetwork]) -> list[Held]:
+        found = (objective.found(sub, -1) for sub in subs)  # not in the record, which has no place for the errors
+        return [(1 - one["mean"], one["mean_se"]) for one in found]
+
+    return Axis("accuracy", lambda subs: [one.value for one in ledger.judge(subs, 0, 0)], held)
+
+
+def _of_cost(name: str, cost: Callable[[SubNetwork], float]) -> Axis:
+    return Axis(name, lambda subs: [cost(sub) for sub in subs], lambda subs: [(cost(sub), None) for sub in subs])
+
+
+def _cost(s: Session, name: str) -> Callable[[SubNetwork], float]:
+    """What is computed, not measured on candidates."""
+    if name == "latency":
+        return (s.timetable or timetable_of(s)).request_ms
+    exact: dict[str, Callable[[SubNetwork], float]] = {
+        "parameters": lambda sub: costs.parameters(s.layout, sub, "all"),
+        "flops": lambda sub: costs.flops(s.layout, sub, length=WINDOW),
+        "bytes": lambda sub: costs.n_bytes(s.layout, sub, s.width),
+    }
+    return lambda sub: float(exact[name](sub))
+
+
+__all__ = ["Axis", "check", "search_front", "volumes"]
