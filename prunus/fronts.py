@@ -58,7 +58,7 @@ def check(s: Session) -> None:
         manager_of(asked_for(c.tasks), c.tasks_path)
     if "latency" in c.objectives and len(space.hidden) > 1:
         raise UserError(
-            "front.objectives names latency, and times are measured at the model's own hidden size, but the space of the "
+            "front.objectives names latency, times are measured at the model's own hidden size, and the space of the "
             f"training has {len(space.hidden)}; leave --search-space trained out, or take flops or bytes"
         )
     if "latency" in c.objectives and s.config.constraint not in TIMES:
