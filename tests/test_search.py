@@ -154,7 +154,7 @@ def test_searches_on_one_draw_improve_their_start_inside_the_window(method: str)
     toy, window = Toy(space, 1, pairs=1.0), space.window(blocks, 0.6, slack=0.03)
     answer = allocate(Prices(space, blocks).tables(), toy.errors(), window[1] - blocks(space.smallest()))
     start = space.build((*answer.levels, 0))
-    found = alike(method, space, toy, window, start=[start])
+    found = alike(method, space, toy, window, generations=20 if method == "nsga2" else 15, start=[start])
     assert found.start == fit(Prices(space, blocks), start, window, random.Random(0))
     assert window[0] <= blocks(found.subnetwork) <= window[1]
     best, first = toy.truth(brute_force(space, toy, window)), toy.truth(found.start)
