@@ -20,6 +20,7 @@ from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.models import checkpoint, costs
 from prunus.models.families import Family, dims, full
+from prunus.models.memory import give_back
 from prunus.models.slicing import sort
 from prunus.models.stream import LayerStream
 from prunus.progress import Progress
@@ -234,12 +235,22 @@ def sort_model(s: Session, orders: Mapping[str, Tensor]) -> levels.Levels:
     """Sort the super-network (**in place**, once per session) and give access to its reformed levels."""
     if not s.is_sorted:
         sort(s.model, s.family, orders)
+        _leave_file(s.model)
         s.is_sorted = True
     r = s.config.reform
     return levels.Levels(
         s.model, s.family, s.run.path(s.grams), orders=orders, damping=r.damping, method=r.method,
         iterations=r.iterations,
     )  # fmt: skip
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Weights that sorting left as they were are still pages of the checkpoint's file, and keep all of it in memory
+    beside the sorted ones; they get memory of their own."""
+    if next(model.parameters()).device.type == "cpu":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        give_back()
 
 
 @dataclass(frozen=True)
@@ -340,6 +351,11 @@ def check_request(s: Session) -> None:
         int(2 * kept * costs.n_bytes(s.layout, s.whole, s.width)), "the checkpoints and their refitted weights"
     )
     space = widest_space(s)
+    if s.config.search.workers > 1 and not s.config.search.storage:
+        raise UserError(
+            f"search.workers is {s.config.search.workers}, but a run directory takes one process at a time; give each "
+            "its own --out, and --storage FILE.journal (or a database's URL) for what they share"
+        )
     _check_trained_space(s, space)
     if is_url(c.storage):
         database(str(c.storage))

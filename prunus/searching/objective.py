@@ -19,6 +19,7 @@ from prunus.subnetwork import SubNetwork
 
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
 Weights = Callable[[SubNetwork], Override]
+PIECE = {"cpu": 2**24, "cuda": 2**27}  # numbers in one float32 piece of logits
 
 
 def no_weights(_: SubNetwork) -> Override:
@@ -27,9 +28,18 @@ def no_weights(_: SubNetwork) -> Override:
 
 
 def kl_from_logits(dense: Tensor, candidate: Tensor) -> Tensor:
-    """KL(dense || candidate) in nats of two sets of logits (..., vocab) -> (...), computed in float32."""
-    log_p = torch.log_softmax(dense.float(), -1)
-    log_q = torch.log_softmax(candidate.float(), -1)
+    """KL(dense || candidate) in nats of two sets of logits (..., vocab) -> (...), computed in float32.
+
+    Piece by piece: it takes five float32 copies of its logits, and a vocabulary of 128 k makes a window a gigabyte.
+    """
+    vocabulary = dense.shape[-1]
+    rows = max(1, PIECE.get(dense.device.type, PIECE["cpu"]) // vocabulary)
+    pieces = zip(dense.reshape(-1, vocabulary).split(rows), candidate.reshape(-1, vocabulary).split(rows), strict=True)
+    return torch.cat([_kl(p.float(), q.float()) for p, q in pieces]).view(dense.shape[:-1])
+
+
+def _kl(dense: Tensor, candidate: Tensor) -> Tensor:
+    log_p, log_q = torch.log_softmax(dense, -1), torch.log_softmax(candidate, -1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
