@@ -91,7 +91,7 @@ def views() -> dict[str, Any]:
     """How benchmarks/render.py shows the rows."""
     pivot = {"title": "kept of the blocks", "index": "method", "across": "kept", "across_format": ".0%"}
     pivot |= {"format": ".2f", "best": "min", "reference": ["dense"]}
-    ours = {"where": {"ours": True}}
+    full = {"where": {"full": True}}
     return {
         "main": {
             **pivot,
@@ -99,8 +99,8 @@ def views() -> dict[str, Any]:
             "note": "Perplexity, first 5 windows of 2048 tokens. All rows but ours and dense are read from the file of "
             "`--rivals`: measured elsewhere, each with a calibration of its own.",
         },
-        "final": {**pivot, **ours, "value": "ppl2048", "note": "Perplexity, 40 windows of 2048 tokens."},
-        "short": {**pivot, **ours, "value": "ppl128", "note": "Perplexity, 320 windows of 128 tokens."},
+        "final": {**pivot, **full, "value": "ppl2048", "note": "Perplexity, 40 windows of 2048 tokens."},
+        "short": {**pivot, **full, "value": "ppl128", "note": "Perplexity, 320 windows of 128 tokens."},
         "short_quick": {**pivot, "value": "ppl128_quick", "note": "Perplexity, first 24 windows of 128 tokens."},
         "cost": {
             "where": {"timed": True},
@@ -135,10 +135,10 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "compress.json")
     options = parser.parse_args()
     dense = scores(options.model, options.text, options.dtype, options.out / "scores" / "dense.json")
-    rows = [{"method": "dense", "ours": True, "kept": keep, **dense} for keep in options.keep]
+    rows = [{"method": "dense", "full": True, "kept": keep, **dense} for keep in options.keep]
     for item in options.runs:
         name, _, asked = item.partition("=")
-        rows += [{**row, "ours": True, "timed": True} for row in rows_of(name, asked, options)]
+        rows += [{**row, "full": name not in options.quick, "timed": True} for row in rows_of(name, asked, options)]
     if options.rivals:
         rows += rivals(options.rivals)
     record.write(options.results, rows, views())
