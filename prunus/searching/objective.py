@@ -34,8 +34,8 @@ def kl_from_logits(dense: Tensor, candidate: Tensor) -> Tensor:
     """
     vocabulary = dense.shape[-1]
     rows = max(1, PIECE.get(dense.device.type, PIECE["cpu"]) // vocabulary)
-    pieces = zip(dense.reshape(-1, vocabulary).split(rows), candidate.reshape(-1, vocabulary).split(rows), strict=True)
-    return torch.cat([_kl(p.float(), q.float()) for p, q in pieces]).view(dense.shape[:-1])
+    both = (torch.split(logits.reshape(-1, vocabulary), rows) for logits in (dense, candidate))
+    return torch.cat([_kl(p.float(), q.float()) for p, q in zip(*both, strict=True)]).view(dense.shape[:-1])
 
 
 def _kl(dense: Tensor, candidate: Tensor) -> Tensor:
