@@ -98,7 +98,7 @@ WORKER = """
 import os, shutil, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from prunus import artefact
+from prunus.recording import artefact
 from prunus.config import CompressConfig
 from prunus.recording.run import Run
 
