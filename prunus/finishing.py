@@ -16,8 +16,8 @@ from prunus.reforming import sequential
 from prunus.steps import MICRO, Prepared, Session, openings
 from prunus.subnetwork import SubNetwork
 
-COMPARED = 4  # held-out windows on which a whole network is compared before and after the sequential pass
-JUDGED, SHORT = 4, 512  # held-out windows, and their tokens, that decide whether a layer keeps its refitted weights
+COMPARED = 4  # held-out windows, the last ones, on which a whole network is compared before and after the pass
+JUDGED, SHORT = 4, 512  # held-out windows, the first ones, and their tokens, by which layers take refitted weights
 
 
 def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]) -> dict[str, Override]:
@@ -68,7 +68,7 @@ def _refit_missing(
     for (name, sub), new, taken in zip(chosen.items(), refitted, judge.taken, strict=True):
         at_last = holdout_nats(s, p, sub, new)
         at_first = holdout_nats(s, p, sub, one_shot[name], COMPARED)
-        before, after = fmean(at_first), fmean(at_last[:COMPARED])
+        before, after = fmean(at_first), fmean(at_last[-COMPARED:])
         figures = {
             "one_shot_nats": before,
             "sequential_nats": after,
@@ -81,16 +81,14 @@ def _refit_missing(
     return found
 
 
-def holdout_nats(
-    s: Session, p: Prepared, sub: SubNetwork, weights: Override, windows: int | None = None
-) -> list[float]:
-    """KL of one network on the first held-out windows (all of them unless said).
+def holdout_nats(s: Session, p: Prepared, sub: SubNetwork, weights: Override, last: int = 0) -> list[float]:
+    """KL of one network on the `last` held-out windows; 0: on all of them.
 
     The dense model's states are kept from question to question.
     """
     held = replace(p.objective, weights=lambda _: weights, kind="kl", forward_tokens=0.0)
     assert held.holdout is not None
-    values = held.measure([sub], range(len(held.holdout[:windows])), holdout=True)[0]
+    values = held.measure([sub], range(len(held.holdout))[-last:], holdout=True)[0]
     s.run.count_tokens(int(held.forward_tokens))
     return values
 

@@ -234,8 +234,9 @@ def _weighted_writers(s: Session, fisher: Mapping[str, Tensor], i: int) -> tuple
 def sort_model(s: Session, orders: Mapping[str, Tensor]) -> levels.Levels:
     """Sort the super-network (**in place**, once per session) and give access to its reformed levels."""
     if not s.is_sorted:
+        before = {id(p): p.data_ptr() for p in s.model.parameters()}
         sort(s.model, s.family, orders)
-        _leave_file(s.model)
+        _leave_file([p for p in s.model.parameters() if p.data_ptr() == before[id(p)]])
         s.is_sorted = True
     r = s.config.reform
     return levels.Levels(
@@ -244,13 +245,13 @@ def sort_model(s: Session, orders: Mapping[str, Tensor]) -> levels.Levels:
     )  # fmt: skip
 
 
-def _leave_file(model: nn.Module) -> None:
+def _leave_file(unsorted: Sequence[nn.Parameter]) -> None:
     """Weights that sorting left as they were are still pages of the checkpoint's file, and keep all of it in memory
     beside the sorted ones; they get memory of their own."""
-    if next(model.parameters()).device.type == "cpu":
-        for parameter in model.parameters():
+    for parameter in unsorted:
+        if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
-        give_back()
+    give_back()
 
 
 @dataclass(frozen=True)
