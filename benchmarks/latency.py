@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py --model demo --threads 2
     python benchmarks/latency.py --model demo --threads 1 --runtime llama.cpp --quant q8_0
+    python benchmarks/latency.py --model demo --threads 1 --runtime torch.compile
 
 Probes, the dense model and all networks take turns in the same rounds, so that other load on the machine falls on all
 of them; every figure is a median. Networks are random points of the search space at each share of the blocks'
@@ -32,7 +33,7 @@ from prunus.recording import pictures
 from prunus.searching.moves import Prices, scatter
 from prunus.searching.space import space_of
 from prunus.subnetwork import SubNetwork
-from prunus.timing import llamacpp_latency
+from prunus.timing import compiled_latency, llamacpp_latency, whole_networks
 from prunus.timing.latency import Lap, Laps, WallClock, assemble, build, clock_of, key_of, plan, time_models
 from prunus.timing.timetable import Phase, Request, Timetable, grid_of
 
@@ -168,11 +169,12 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--picture", type=Path, help="draw the table's stairs: FILE.png and FILE.svg")
-    parser.add_argument("--runtime", choices=["torch", "llama.cpp"], default="torch")
+    parser.add_argument("--runtime", choices=["torch", "torch.compile", "llama.cpp"], default="torch")
     parser.add_argument("--quant", choices=list(llamacpp_latency.BITS), default="q8_0", help="of llama.cpp's files")
-    parser.add_argument("--results", type=Path, help="by default benchmarks/results/latency[_llamacpp].json")
+    parser.add_argument("--results", type=Path, help="by default benchmarks/results/latency[_RUNTIME].json")
     options = parser.parse_args()
-    name = "latency.json" if options.runtime == "torch" else "latency_llamacpp.json"
+    names = {"torch": "latency", "torch.compile": "latency_compiled", "llama.cpp": "latency_llamacpp"}
+    name = f"{names[options.runtime]}.json"
     options.results = options.results or Path(__file__).parent / "results" / name
     return options
 
@@ -201,19 +203,25 @@ def in_torch(
     return assemble(key, request, full(model.config), grid, plans, laps[: n + 1]), laps[n], laps[n + 1 :]
 
 
-def in_llama_cpp(
+def in_other(
     model: Any, chosen: dict[str, SubNetwork], request: Request, options: argparse.Namespace
 ) -> tuple[Timetable, Laps, list[Laps]]:
-    """The same in llama.cpp: the networks that the table is fitted to take turns with those that it is held against."""
+    """The same elsewhere: the networks that the table is fitted to take turns with those that it is held against."""
     family, grid = family_of(model.config), grid_of(dims(model.config))
-    planned = llamacpp_latency.plan_of(model, family, grid)
+    turns: dict[str, Any] = {"rounds": options.rounds, "progress": LineProgress()}
+    if options.runtime == "llama.cpp":
+        planned = llamacpp_latency.plan_of(model, family, grid)
+        key = llamacpp_latency.key_of(model, family, request, grid, options.quant)
+        everything = [*planned.networks, *chosen.values()]
+        prefill, decode = llamacpp_latency.time_networks(model, family, everything, request, options.quant, **turns)
+    else:
+        planned = compiled_latency.plan_of(model, family, grid)
+        key = compiled_latency.key_of(model, family, request, grid)
+        prefill, decode = compiled_latency.time_networks(
+            model, family, [*planned.networks, *chosen.values()], request, **turns
+        )
     n = len(planned.networks)
-    prefill, decode = llamacpp_latency.time_networks(
-        model, family, [*planned.networks, *chosen.values()], request, options.quant,
-        rounds=options.rounds, progress=LineProgress(),
-    )  # fmt: skip
-    key = llamacpp_latency.key_of(model, family, request, grid, options.quant)
-    table = llamacpp_latency.fitted(key, request, grid, planned, prefill[:, :n], decode[:, :n])
+    table = whole_networks.fitted(key, request, grid, planned, prefill[:, :n], decode[:, :n])
     laps = [Laps([Lap(ms) for ms in a], [Lap(ms) for ms in b]) for a, b in zip(prefill.T, decode.T, strict=True)]
     return table, laps[0], laps[n:]
 
@@ -227,7 +235,7 @@ def main() -> int:
     whole, layout = full(model.config), costs.layout(model, family_of(model.config))
     request = Request(options.prompt, options.batch, options.generate)
     chosen = networks(model, layout, options.keep)
-    table, dense, others = (in_torch if options.runtime == "torch" else in_llama_cpp)(model, chosen, request, options)
+    table, dense, others = (in_torch if options.runtime == "torch" else in_other)(model, chosen, request, options)
     key = table.key
     timed: Timed = {"dense": (whole, dense)} | {
         name: (sub, own) for (name, sub), own in zip(chosen.items(), others, strict=True)

@@ -205,9 +205,10 @@ class BudgetConfig(Section):
         (), "megabytes (10^6 bytes) of weights and KV cache at --context",
         step="search", flag="memory-mb", above=0,
     )  # fmt: skip
-    runtime: Literal["torch", "llama.cpp"] = setting(
-        "torch", "the program that times are measured in", step="search", flag="runtime"
-    )
+    runtime: Literal["torch", "torch.compile", "llama.cpp"] = setting(
+        "torch", "the program that times are measured in; torch.compile: every token after the prompt compiled",
+        step="search", flag="runtime",
+    )  # fmt: skip
     quant: Literal["f32", "f16", "q8_0", "q4_0"] = setting(
         "f16", "type of the matrices that llama.cpp is timed with", step="search", flag="quant"
     )

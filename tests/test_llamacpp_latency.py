@@ -18,13 +18,14 @@ from prunus.models.families import dims, family_of, full
 from prunus.searching.space import space_of
 from prunus.subnetwork import LayerShape, SubNetwork
 from prunus.timing import llamacpp_latency, runtimes
-from prunus.timing.llamacpp_latency import features, fitted, plan_of, solve
+from prunus.timing.llamacpp_latency import plan_of
 from prunus.timing.timetable import Grid, Request, grid_of
+from prunus.timing.whole_networks import Plan, features, fitted, solve
 
 REQUEST = Request(prompt=16, batch=2, generate=8)
 
 
-def planned(name: str, **changes: Any) -> tuple[Any, llamacpp_latency.Plan, Grid]:
+def planned(name: str, **changes: Any) -> tuple[Any, Plan, Grid]:
     model = tiny(name, **({"n_inner": 160} if name == "gpt2" else {"intermediate_size": 160}), **changes)
     grid = grid_of(dims(model.config), 32)
     return model, plan_of(model, family_of(model.config), grid), grid

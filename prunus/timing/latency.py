@@ -144,6 +144,18 @@ class Laps:
         return [request.ms(prefill.total, step.total) for prefill, step in pairs]
 
 
+class Runner:
+    """A model as a program runs it: here one call after another, with a cache that grows."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.step: Callable[..., Any] = model  # a forward of one token for each sequence
+
+    def cache(self) -> Any:
+        """The cache that a request begins with."""
+        return None
+
+
 Timer = Callable[[Sequence[Probe]], list[Laps]]  # of every probe, layer by layer, then of the dense model
 
 
@@ -324,20 +336,23 @@ def time_models(
     request: Request,
     *,
     rounds: int = ROUNDS,
+    runners: Sequence[Runner] | None = None,
     doors: Sequence[nn.ModuleList] | None = None,
     clock: Clock | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> list[Laps]:
     """Run a request on every model in turns, prompt by prompt and step by step, `rounds` times after a warm-up.
 
-    doors: the layers of each model, to be timed one by one; without them only whole forwards are.
+    runners: how each model is run, if not as it is. doors: the layers of each model, to be timed one by one; without
+    them only whole forwards are.
     """
     clock = clock or clock_of(next(models[0].parameters()).device)
+    runners = runners or [Runner(model) for model in models]
     found = [Laps([], []) for _ in models]
     hooks = [hook for layers in doors or () for hook in _doors(layers, clock)]
     try:
         for n in range(rounds + 1):
-            for laps, prefill, decode in zip(found, *_round(models, request, clock, n), strict=True):
+            for laps, prefill, decode in zip(found, *_round(runners, request, clock, n), strict=True):
                 if n:
                     laps.prefill.append(prefill)
                     laps.decode.append(decode)
@@ -358,28 +373,33 @@ def _doors(layers: nn.ModuleList, clock: Clock) -> list[Any]:
     return [layer.register_forward_pre_hook(ring) for layer in layers] + [layers[-1].register_forward_hook(ring)]
 
 
-def _round(models: Sequence[Any], request: Request, clock: Clock, n: int) -> tuple[list[Lap], list[Lap]]:
+def _round(runners: Sequence[Runner], request: Request, clock: Clock, n: int) -> tuple[list[Lap], list[Lap]]:
     """Every model's prompt and decoding step; steps take turns too, so that all models see the same machine.
 
     The order is another one in each round: with a fixed one, errors grew from the first model to the last.
     """
-    generator, device = torch.Generator().manual_seed(0), next(models[0].parameters()).device
-    ids = torch.randint(int(models[0].config.vocab_size), (request.batch, request.prompt), generator=generator)
-    order = random.Random(n).sample(range(len(models)), len(models))
-    going = {i: _forward(models[i], ids.to(device), None, clock) for i in order}
-    prefill = [going[i][2] for i in range(len(models))]
-    steps: list[list[Lap]] = [[] for _ in models]
+    ids, order = prompt_of(runners[0].model, request), random.Random(n).sample(range(len(runners)), len(runners))
+    going = {i: _forward(runners[i].model, ids, runners[i].cache(), clock) for i in order}
+    prefill = [going[i][2] for i in range(len(runners))]
+    steps: list[list[Lap]] = [[] for _ in runners]
     for _ in range(max(1, request.generate)):
         for i in order:
-            going[i] = _forward(models[i], *going[i][:2], clock)
+            going[i] = _forward(runners[i].step, *going[i][:2], clock)
             steps[i].append(going[i][2])
     return prefill, [_typical(own) for own in steps]
 
 
-def _forward(model: Any, ids: Tensor, cache: Any, clock: Clock) -> tuple[Tensor, Any, Lap]:
+def prompt_of(model: Any, request: Request) -> Tensor:
+    """Random tokens, (batch, prompt), on the model's device."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(int(model.config.vocab_size), (request.batch, request.prompt), generator=generator)
+    return ids.to(next(model.parameters()).device)
+
+
+def _forward(forward: Callable[..., Any], ids: Tensor, cache: Any, clock: Clock) -> tuple[Tensor, Any, Lap]:
     """One forward with what chooses the next token: that token, the cache, the time."""
     clock.mark()
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out = forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     token: Tensor = out.logits[:, -1:].argmax(-1)
     clock.mark()
     spans = clock.read()
@@ -396,12 +416,17 @@ def _typical(laps: Sequence[Lap]) -> Lap:
 
 def compare(dense: nn.Module, small: nn.Module, request: Request, *, rounds: int = ROUNDS) -> dict[str, float]:
     """Both models on a request in turns: milliseconds of the small one, and how many times faster it is (medians)."""
-    a, b = time_models([dense, small], request, rounds=rounds)
-    ratios = [x / y for x, y in zip(a.requests(request), b.requests(request), strict=True)]
+    first, second = time_models([dense, small], request, rounds=rounds)
+    return compared(first, second, request)
+
+
+def compared(dense: Laps, small: Laps, request: Request) -> dict[str, float]:
+    """What two models that took turns say about the second one."""
+    ratios = [x / y for x, y in zip(dense.requests(request), small.requests(request), strict=True)]
     return {
-        "prefill_ms": b.median("prefill"),
-        "token_ms": b.median("decode"),
-        "request_ms": statistics.median(b.requests(request)),
-        "dense_request_ms": statistics.median(a.requests(request)),
+        "prefill_ms": small.median("prefill"),
+        "token_ms": small.median("decode"),
+        "request_ms": statistics.median(small.requests(request)),
+        "dense_request_ms": statistics.median(dense.requests(request)),
         "speedup": statistics.median(ratios),
     }

@@ -1,4 +1,4 @@
-"""Floor 5: times in the program that a network will run in: PyTorch or llama.cpp, by the settings of a budget."""
+"""Floor 5: times in the program that a network will run in (PyTorch, compiled or not; llama.cpp), by a budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prunus.models.families import Family, dims
 from prunus.progress import Progress, silent
 from prunus.searching.space import SearchSpace
 from prunus.subnetwork import LayerShape, SubNetwork
-from prunus.timing import latency, llamacpp_latency
+from prunus.timing import compiled_latency, latency, llamacpp_latency
 from prunus.timing.timetable import Request, Timetable
 
 
@@ -32,6 +32,8 @@ def measure(
     request = request_of(budget)
     if budget.runtime == "torch":
         return latency.measure(model, family, request, step=step, again=again, progress=progress)
+    if budget.runtime == compiled_latency.RUNTIME:
+        return compiled_latency.measure(model, family, request, step=step, again=again, progress=progress)
     return llamacpp_latency.measure(
         model, family, request, quant=budget.quant, step=step, again=again, progress=progress
     )
@@ -41,12 +43,17 @@ def compare(dense: Any, small: Any, budget: BudgetConfig) -> dict[str, float]:
     """Both models on a request in turns: milliseconds of the small one, and how many times faster it is (medians)."""
     if budget.runtime == "torch":
         return latency.compare(dense, small, request_of(budget))
+    if budget.runtime == compiled_latency.RUNTIME:
+        return compiled_latency.compare(dense, small, request_of(budget))
     return llamacpp_latency.compare(dense, small, request_of(budget), budget.quant)
 
 
 def check(model: Any, family: Family, budget: BudgetConfig, space: SearchSpace) -> None:
     """Raise UserError where the runtime is missing, or cannot run the networks of a space."""
     if budget.runtime == "torch":
+        return
+    if budget.runtime == compiled_latency.RUNTIME:
+        compiled_latency.check_compiles(next(model.parameters()).device)
         return
     llamacpp_latency.check_installed()
     llamacpp_latency.carrier_of(model)
