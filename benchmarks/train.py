@@ -2,12 +2,12 @@
 
     python benchmarks/train.py cost --model demo --train wiki.train.txt
     python benchmarks/train.py samplers --model demo --train rows.jsonl --text wiki.test.raw --steps 200
-    python benchmarks/train.py recover CHECKPOINT... --model demo --text wiki.test.raw
+    python benchmarks/train.py recover CHECKPOINT... --model demo --text wiki.test.raw --tasks piqa,boolq
 
 `cost`: tokens a second, seconds of a sandwich step against a plain one and against its FLOPs. `samplers`: the ablation
 of Sukthanker et al. 2024 (arXiv:2410.06479v1, figure 3): the same steps for every way of drawing, perplexity of
-networks of several sizes, the untrained super-network beside it. `recover`: perplexity of checkpoints, those of
-`prunus recover` among them. Every part keeps the rows of the others that the results file holds.
+networks of several sizes, the untrained super-network beside it. `recover`: perplexities and task accuracies of
+checkpoints, those of `prunus recover` among them. Every part keeps the rows of the others that the results file holds.
 """
 
 from __future__ import annotations
@@ -238,28 +238,57 @@ def quality(bench: Bench, model: Any, family: Any, sub: SubNetwork) -> dict[str,
 
 
 def recovered(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Perplexity of checkpoints, trained and not, beside the dense model's, with the excess log-perplexity."""
+    """Perplexities and task accuracies of checkpoints, trained and not, beside the dense model's; resumable by row."""
+    cache = options.out / "recover.json"
+    done: dict[str, dict[str, Any]] = json.loads(cache.read_text()) if cache.exists() else {}
     rows: list[dict[str, Any]] = []
-    dense = None
     for path in (options.model, *options.checkpoints):
-        loaded = load(path, dtype=options.dtype, compress=False, device=options.device)
-        ids = text_ids(options.text, loaded.tokenizer)
-        result = perplexity(loaded.model, ids, length=options.length, chunks=options.chunks)
-        dense = dense if dense is not None else result.nats
-        manifest = Path(path) / "prunus.json"
-        note = json.loads(manifest.read_text()).get("recovery", {}) if manifest.is_file() else {}
-        rows.append(
-            {
-                "part": "recover", "checkpoint": Path(path).name, "trained": bool(note), "ppl": result.ppl,
-                "nats": result.nats, "excess_nats": result.nats - dense, "nats_se": result.se,
-                "tokens": note.get("tokens", 0), "seconds": note.get("seconds", 0.0), "data": note.get("data"),
-                "rank": note.get("settings", {}).get("rank"),
-            }
-        )  # fmt: skip
+        file = Path(path) / "model.safetensors"
+        key = f"{path} {file.stat().st_mtime_ns if file.is_file() else ''} {options.tasks} {options.limit}"
+        if key not in done:
+            done[key] = judged(options, path)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            cache.write_text(json.dumps(done, indent=1))
+        excess = {
+            name.replace("ppl", "excess"): math.log(value) - math.log(rows[0][name] if rows else value)
+            for name, value in done[key].items()
+            if name.startswith("ppl")
+        }
+        rows.append({**done[key], **excess})
     return rows
 
 
-def views() -> dict[str, Any]:
+def judged(options: argparse.Namespace, path: str) -> dict[str, Any]:
+    """One checkpoint: its perplexities (all windows, the first five), its task accuracies, what its training was."""
+    loaded = load(path, dtype=options.dtype, compress=False, device=options.device)
+    ids = text_ids(options.text, loaded.tokenizer)
+    manifest = Path(path) / "prunus.json"
+    note = json.loads(manifest.read_text()).get("recovery", {}) if manifest.is_file() else {}
+    found = {
+        "part": "recover", "checkpoint": Path(path).name, "trained": bool(note), "tokens": note.get("tokens", 0),
+        "seconds": note.get("seconds", 0.0), "data": note.get("data"), "rank": note.get("settings", {}).get("rank"),
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+    }  # fmt: skip
+    for length, chunks in ((options.length, options.chunks), (128, 320)):
+        result = perplexity(loaded.model, ids, length=length, chunks=chunks)
+        found |= {f"ppl{length}": result.ppl, f"nats{length}_se": result.se}
+        if length == options.length:
+            found["ppl_first5"] = math.exp(statistics.fmean(result.per_chunk[:5]))
+    if options.tasks:
+        from prunus.tasks import asked_for, evaluate_tasks
+
+        scored = evaluate_tasks(
+            loaded.model, loaded.tokenizer, asked_for(options.tasks.split(","), 0), path=options.tasks_path,
+            limit=options.limit,
+        )  # fmt: skip
+        for row in scored["tasks"]:
+            found |= {row["task"]: row["value"], f"{row['task']}_se": row["se"]}
+        found["mean"] = statistics.fmean(row["value"] for row in scored["tasks"])
+        found["mean_se"] = math.sqrt(sum(row["se"] ** 2 for row in scored["tasks"])) / len(scored["tasks"])
+    return found
+
+
+def views(tasks: list[str]) -> dict[str, Any]:
     """How benchmarks/render.py shows the rows."""
     return {
         "cost": {
@@ -277,8 +306,18 @@ def views() -> dict[str, Any]:
         "recover": {
             "where": {"part": "recover"},
             "columns": [
-                ["checkpoint", "checkpoint", ""], ["ppl", "perplexity", ".2f"],
-                ["excess_nats", "excess, nats", ".4f"], ["tokens", "tokens", ",d"], ["seconds", "seconds", ",.0f"],
+                ["checkpoint", "checkpoint", ""], ["parameters", "parameters", ",d"], ["tokens", "trained on", ",d"],
+                ["seconds", "seconds", ",.0f"], ["ppl_first5", "perplexity, 5 x 2048", ".2f"],
+                ["excess_first5", "excess, nats", ".4f"], ["ppl2048", "all windows", ".2f"],
+                ["excess2048", "excess", ".4f"], ["ppl128", "320 x 128", ".2f"], ["mean", "tasks, mean", ".3f"],
+                ["mean_se", "± s.e.", ".3f"],
+            ],
+        },
+        "tasks": {
+            "where": {"part": "recover"},
+            "columns": [
+                ["checkpoint", "checkpoint", ""],
+                *(column for task in tasks for column in ([task, task, ".3f"], [f"{task}_se", "±", ".3f"])),
             ],
         },
     }  # fmt: skip
@@ -294,7 +333,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--train", help="training data")
     parser.add_argument("--text", help="test text")
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--chunks", type=int, default=5)
+    parser.add_argument("--chunks", type=int, default=5, help="windows of the test text; `recover` wants 40")
     parser.add_argument("--tasks")
     parser.add_argument("--tasks-path")
     parser.add_argument("--limit", type=int, default=200)
@@ -329,7 +368,9 @@ def main() -> int:
     before = json.loads(options.results.read_text()) if options.results.exists() else {"rows": [], "commands": {}}
     commands = {**before.get("commands", {}), options.part: record.typed()}
     rows_of_all = [*(row for row in before["rows"] if row["part"] != options.part), *rows]
-    record.write(options.results, rows_of_all, views(), command="; ".join(commands.values()), commands=commands)
+    last = next((row for row in reversed(rows_of_all) if row["part"] == "recover"), {})
+    scored = [key for key in last if f"{key}_se" in last and key != "mean"]
+    record.write(options.results, rows_of_all, views(scored), command="; ".join(commands.values()), commands=commands)
     for row in rows:
         print({k: round(v, 4) if isinstance(v, float) and math.isfinite(v) else v for k, v in row.items()})
     return 0
