@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import record
 from llama_cpp import Llama
+from matplotlib.ticker import MultipleLocator, NullLocator
 
 from prunus.evaluation import perplexity, text_ids
 from prunus.exporting.export import export
@@ -167,17 +168,24 @@ def planned(networks: dict[str, str], options: argparse.Namespace) -> str:
 
 
 def picture(rows: list[dict[str, Any]], stem: Path) -> None:
-    """Perplexity against size: a line for each type, a point for each network."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    """Perplexity against size: a line for each type, a point for each network, hollow for names that end in trained."""
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for quant in dict.fromkeys(row["quant"] for row in rows):
         own = sorted((row for row in rows if row["quant"] == quant), key=lambda row: -row["mb"])
-        axes.plot([row["mb"] for row in own], [row["ppl"] for row in own], marker="o", label=quant)
+        line, apart = ([row for row in own if row["network"].endswith("trained") == t] for t in (False, True))
+        (drawn,) = axes.plot([row["mb"] for row in line], [row["ppl"] for row in line], marker="o", label=quant)
+        axes.plot([row["mb"] for row in apart], [row["ppl"] for row in apart], "o", mfc="none", color=drawn.get_color())
         for row in own:
             axes.annotate(
-                row["network"], (row["mb"], row["ppl"]), xytext=(4, 4), textcoords="offset points", fontsize=7
+                row["network"], (row["mb"], row["ppl"]), xytext=(5, 3), textcoords="offset points", fontsize=7
             )
     axes.set(xlabel="file, MB", ylabel="perplexity", xscale="log", yscale="log", title="Compress, then quantise")
+    axes.margins(x=0.12)
+    for axis, step in ((axes.xaxis, 25), (axes.yaxis, 5)):
+        axis.set_major_locator(MultipleLocator(step))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
     axes.legend(frameon=False)
     save(figure, stem)
 
