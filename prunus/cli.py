@@ -21,7 +21,7 @@ from prunus.terminal import Terminal, calm_libraries
 if TYPE_CHECKING:
     from prunus.texts.calibration import Join
 
-RESUMABLE = ("compress", "bench", "recover", "score", "train", "reform", "search", "extract", "report")
+RESUMABLE = ("compress", "pick", "bench", "recover", "score", "train", "reform", "search", "extract", "report")
 
 
 class Door(click.Group):
@@ -299,17 +299,20 @@ def recover(checkpoint: str, teacher: str | None, out: str, **parameters: Any) -
 
 
 @flags("keep_of")
-@app.command(cls=Verb, short_help="One more checkpoint of a run, for any other budget.")
+@app.command(cls=Verb, short_help="One more checkpoint of a run: any budget, any point of a front.")
 @click.argument("run")
-@click.option("--keep", metavar="X", type=float, required=True, multiple=True, help="the share to keep")
+@click.option("--keep", metavar="X", type=float, multiple=True, help="the share to keep")
+@click.option("--point", metavar="N", type=int, help="instead of a share: a point of the run's front, by its number")
 @click.option(
     "--refit", metavar="N", type=int, default=0, help="also a sequential pass over N calibration windows: minutes"
 )
 @click.option("--measure", is_flag=True, help="also measure it: divergence, speed, perplexity where the run has a text")
-@click.option("--out", metavar="CHECKPOINT", help="where it goes; by default RUN/models/pick-X")
+@click.option(
+    "--out", metavar="CHECKPOINT", help="where it goes; by default into RUN/models, as pick-X or pick-point-N"
+)
 @click.option("--model", metavar="MODEL", help="the run's model, if it has moved")
 def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> None:
-    """One more checkpoint of RUN, for any other budget: in seconds, without a search."""
+    """One more checkpoint of RUN, for any other budget or of a point of its front: in seconds, without a search."""
     asked = overrides(parameters["config"], given({**parameters, "keep": None, "model": None}))
     terminal = Terminal(parameters["quiet"])
     if len(keep) > 1:
@@ -321,11 +324,11 @@ def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> No
     calm_libraries()
     found = pick(
         run,
-        keep[0],
+        keep[0] if keep else None,
         refit=refit,
         progress=terminal.progress(),
         **asked,
-        **{name: parameters[name] for name in ("measure", "out", "model")},
+        **{name: parameters[name] for name in ("point", "measure", "out", "model")},
     )
     terminal.result(found, parameters["json"])
     for sentence in found["notes"]:

@@ -22,6 +22,7 @@ from prunus.models.families import dims
 from prunus.models.slicing import Override, extract
 from prunus.recording.pictures import ErrorCurve, Network, Tried
 from prunus.recording.report import ReportData, save_draws
+from prunus.searching.options import MEASURED, TITLES
 from prunus.steps import Prepared, Session
 from prunus.subnetwork import SubNetwork
 from prunus.timing import runtimes
@@ -143,6 +144,10 @@ def card(s: Session, name: str, found: Network, dense: Network, license_name: st
             rows.append((far + how, "0", f"{nats:.4f}"))
     for text, value in found.get("perplexity", {}).items():
         rows.append((f"perplexity ({text})", f"{dense['perplexity'][text]:.2f}", f"{value:.2f}"))
+    for axis, (value, _) in found.get("in_front", {}).items():
+        how = ", with one-shot weights" if axis in MEASURED else ""
+        shown = (f"{x:,.0f}" if x.is_integer() else f"{x:.4f}" for x in map(float, (dense["in_front"][axis][0], value)))
+        rows.append((f"{TITLES[axis]}, in the front{how}", *shown))
     speed = [("prefill", found.get("prefill_speedup")), ("decoding", found.get("decode_speedup"))]
     rows += [(f"{what}, speed on the machine that made it", "1.00 x", f"{v:.2f} x") for what, v in speed if v]
     table = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in rows)

@@ -6,6 +6,7 @@ What a search for a front finds, and a random search with as many evaluations, b
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from prunus.choosing import allocated, open_record
 from prunus.errors import UserError
 from prunus.models import costs
 from prunus.models.slicing import activate
+from prunus.recording.artefact import load_json
+from prunus.recording.run import Run
 from prunus.searching import pareto
 from prunus.searching.objective import IGNORED, Divergence
 from prunus.searching.options import TITLES
@@ -28,6 +31,7 @@ from prunus.tasks import asked_for, evaluate_tasks, manager_of
 from prunus.timing import runtimes
 from prunus.training import supernet
 
+FILE = "search/front.json"
 SEARCHED = 1  # the rung that candidates are judged on; the front is judged on held-out windows of the highest one
 BEYOND = 0.1  # how far behind the worst of all fronts the reference of a hypervolume lies, in shares of their span
 Held = tuple[float, float | None]  # a value, and its standard error where it has one
@@ -91,7 +95,7 @@ def search_front(s: Session, p: Prepared, chosen: Mapping[str, SubNetwork]) -> d
         best = {side: [list(point["values"].values()) for point in found["front"]] for side, found in sides.items()}
         for side, share in volumes(best).items():
             sides[side]["hypervolume"] = share
-        return {
+        found = {
             "objectives": list(c.objectives),
             "titles": [TITLES[name] for name in c.objectives],
             "method": c.method,
@@ -99,8 +103,41 @@ def search_front(s: Session, p: Prepared, chosen: Mapping[str, SubNetwork]) -> d
             "dense": [value for value, _ in (axis.held([s.whole])[0] for axis in axes)],
             **sides,
         }
+        return numbered(found)
 
-    return dict(s.run.do("front", "search/front.json", compute, inputs={"errors": s.run.sha256("errors.safetensors")}))
+    return numbered(s.run.do("front", FILE, compute, inputs={"errors": s.run.sha256("errors.safetensors")}))
+
+
+def numbered(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A front whose points know their numbers, from 1, by which a person picks one; older runs did not write them."""
+    own = found["searched"]
+    rows = [{"point": number, **row} for number, row in enumerate(own["front"], 1)]
+    return {**found, "searched": {**own, "front": rows}}
+
+
+def point(run: Run, number: int) -> dict[str, Any]:
+    """One point of a run's front: its row in RUN/search/front.json, with the dense model's values under "dense".
+
+    Raises UserError where the run has no finished front, naming the command that makes it, or no such point.
+    """
+    where, asked = str(run.directory), run.config["front"]["objectives"]
+    command = shlex.join(["prunus", "search", where])
+    if not run.done(FILE, {"errors": run.sha256("errors.safetensors")}):
+        if not asked:
+            raise UserError(f"{where!r} has no front of several objectives; search one: {command} --front kl,bytes")
+        raise UserError(
+            f"{where!r} has not finished its front of {', '.join(asked)} ({FILE} is missing or damaged); do that "
+            f"first: {command}"
+        )
+    found = numbered(load_json(run.path(FILE)))
+    rows = found["searched"]["front"]
+    if not rows:
+        raise UserError(f"the front of {where!r} has no point: no network that was judged again has finite values")
+    if not 1 <= number <= len(rows):
+        span = f"points 1 to {len(rows)}" if len(rows) > 1 else "one point, 1"
+        raise UserError(f"the front of {where!r} has {span} (`{command}` lists them); given {number}")
+    dense = dict(zip(found["objectives"], found["dense"], strict=True))
+    return {**rows[number - 1], "dense": dense}
 
 
 def volumes(fronts: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, float]:
@@ -260,4 +297,4 @@ def _cost(s: Session, name: str) -> Callable[[SubNetwork], float]:
     return lambda sub: float(exact[name](sub))
 
 
-__all__ = ["Axis", "check", "search_front", "volumes"]
+__all__ = ["FILE", "Axis", "check", "numbered", "point", "search_front", "volumes"]

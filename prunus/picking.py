@@ -1,7 +1,7 @@
-"""Floor 5: `pick()`: a network for any other budget of a run, in seconds: no new search, no long pass.
+"""Floor 5: `pick()`: a network for any other budget of a run, or a point of its front, in seconds: no search, no pass.
 
-The nested order and the error curves hold a network for every budget; the networks that the run has finished tell what
-its weights and its divergence will be.
+The nested order and the error curves hold a network for every budget, a front has its own; the networks that the run
+has finished tell what the weights and the divergence will be.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from prunus import choosing, describe, finishing, steps
+from prunus import choosing, describe, finishing, fronts, steps
 from prunus.baselines import rivals
-from prunus.config import STEPS, BudgetConfig, CompressConfig
+from prunus.config import STEPS, CompressConfig
 from prunus.errors import UserError
 from prunus.models import checkpoint, loading
 from prunus.models.families import family_of
@@ -26,9 +26,12 @@ from prunus.progress import Progress, silent
 from prunus.recording.artefact import load_json, load_tensors
 from prunus.recording.run import Run, read_manifest
 from prunus.reforming import neighbours, sensitivity, sequential
+from prunus.searching.options import MEASURED
 from prunus.steps import MICRO, Prepared, Session
 from prunus.subnetwork import SubNetwork
+from prunus.targets import LIMITS
 from prunus.timing.forecast import forecast
+from prunus.training import supernet
 
 STEP = "pick"  # picks belong to nobody's step: no change of the run makes them stale
 STANDS_ON = {  # what a pick reads of a run -> the command that makes it
@@ -36,6 +39,10 @@ STANDS_ON = {  # what a pick reads of a run -> the command that makes it
     "grams": "score",
     "fisher.safetensors": "score",
     "importance.safetensors": "score",
+    "units.safetensors": "train",
+    "supernet": "train",
+    "grams-trained": "train",
+    "fisher-trained.safetensors": "train",
     "errors.safetensors": "reform",
     "sensitivity.json": "reform",
 }
@@ -52,10 +59,22 @@ class Finished:
     figures: dict[str, Any]  # of its evaluation; empty where there was none
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The network that a pick was asked for."""
+
+    name: str
+    sub: SubNetwork
+    cost: float  # where it stands among the run's networks
+    asked: dict[str, Any]  # as the checkpoint remembers it
+    front: dict[str, Any]  # what the front says of it; empty for a share
+
+
 def pick(
     run: str | Path,
-    keep: float,
+    keep: float | None = None,
     *,
+    point: int | None = None,
     keep_of: str | None = None,
     refit: int = 0,
     measure: bool = False,
@@ -64,35 +83,60 @@ def pick(
     device: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """One more checkpoint of a run, for any budget, and how good it is predicted to be; "picked" is its path.
+    """One more checkpoint of a run, and how good it is predicted to be; "picked" is its path.
 
-    keep: the share to keep; keep_of: of `blocks` or `all` parameters (default: what the run counts). measure: also
-    measure it. refit: windows of a sequential pass, minutes, kept where held-out windows are the better for it.
-    out: where the checkpoint goes; by default into the run, as `models/pick-KEEP`, and into its record. model: where
-    the run's model is now, if it was moved. The run's own artefacts stay as they are.
-    Raises UserError for a run that has not come to its error curves, a share out of reach, a name that is taken by a
-    pick of other settings, and another model than the run's.
+    keep: the share to keep; keep_of: of `blocks` or `all` parameters (default: what the run counts). point: in the
+    place of a share, the number of a point of the run's front. measure: also measure it. refit: windows of a sequential
+    pass, minutes, kept where held-out windows are the better for it. out: where the checkpoint goes; by default into
+    the run, as `models/pick-KEEP` or `models/pick-point-N`, and into its record. model: where the run's model is now,
+    if it was moved. The run's own artefacts stay as they are.
+    Raises UserError for a run that has not come to its error curves (or has no front, or no such point of it), a share
+    out of reach, a name that is taken by a pick of other settings, and another model than the run's.
     """
+    _refuse_mixed(keep, point, keep_of, refit)
     own = _counting(CompressConfig.from_dict(read_manifest(run)["config"]))
     config = _asked(own, keep_of, model, device)
     rivals.refuse_step(own, "pick")
-    if refit < 0:
-        raise UserError(f"refit is a number of windows, 0 or more; given {refit}")
+    if refit and own.reform.method == "none":
+        raise UserError("refit is a pass of reformation, and reform.method is none in this run; leave --refit out")
     with Run.reopen(run, steps=(*STEPS, STEP)) as record:
         _require(record)
+        row = {} if point is None else fronts.point(record, point)
         loaded = loading.load_configured(config)
         record.refuse_other(asdict(loaded.source), "name the model that it was made from with --model")
         family = family_of(loaded.model.config)
         s = Session(record, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
+        if record.done("latency.json"):
+            s.timetable = steps.timetable_of(s)
         ids, holdout = steps.calibrate(s)
-        p = steps.reform_levels(s, ids, holdout, steps.score(s, ids))
-        name = f"pick-{keep:g}" if config.constraint == own.constraint else f"pick-{keep:g}-of-{config.keep_of}"
-        return _picked(s, p, ids, keep, name, min(refit, len(ids)), measure, None if out is None else Path(out))
+        orders = steps.score(s, ids)
+        if config.train.data:
+            orders = supernet.train(s, ids, orders)  # loads it: it is done, or _require had refused
+        p = steps.reform_levels(s, ids, holdout, orders)
+        if keep is None:
+            wanted = _of_point(s, p, row)
+        else:
+            wanted = _of_share(s, p, keep, "" if config.constraint == own.constraint else f"-of-{config.keep_of}")
+        return _picked(s, p, ids, wanted, min(refit, len(ids)), measure, None if out is None else Path(out))
+
+
+def _refuse_mixed(keep: float | None, point: int | None, keep_of: str | None, refit: int) -> None:
+    """Refuse what does not fit together, before anything is read."""
+    if (keep is None) == (point is None):
+        given = "neither" if keep is None else f"keep {keep:g} and point {point}"
+        raise UserError(f"a pick is a share (--keep X) or a point of the run's front (--point N); given {given}")
+    if point is not None and keep_of is not None:
+        raise UserError(f"keep_of says what a share is of, given {keep_of} with point {point}; leave it out")
+    if refit < 0:
+        raise UserError(f"refit is a number of windows, 0 or more; given {refit}")
 
 
 def _counting(config: CompressConfig) -> CompressConfig:
     """A run's configuration, where its targets are times or memory with parameters to count instead."""
-    return replace(config, budget=BudgetConfig(), keep=(1.0,)) if config.budget.targets else config
+    if not config.budget.targets:
+        return config
+    none: Any = dict.fromkeys(LIMITS, ())  # the request that was timed stays
+    return replace(config, budget=replace(config.budget, **none), keep=(1.0,))
 
 
 def _asked(config: CompressConfig, keep_of: str | None, model: str | None, device: str | None) -> CompressConfig:
@@ -106,9 +150,10 @@ def _asked(config: CompressConfig, keep_of: str | None, model: str | None, devic
 
 def _require(record: Run) -> None:
     """Refuse a run that has not come to its error curves, naming the command that brings it there."""
-    settings = record.config["reform"]
-    optional = {"fisher.safetensors": "fisher", "sensitivity.json": "sensitivity"}
-    unused = {file for file, key in optional.items() if not settings[key]}
+    settings, trained = record.config["reform"], bool(record.config["train"]["data"])
+    unused = {"sensitivity.json"} if not settings["sensitivity"] else set()
+    unused |= {file for file in STANDS_ON if "fisher" in file and not settings["fisher"]}
+    unused |= {file for file, verb in STANDS_ON.items() if verb == "train" and not trained}
     for file, verb in STANDS_ON.items():
         if file not in unused and not record.done(file):
             raise UserError(
@@ -117,17 +162,33 @@ def _require(record: Run) -> None:
             )
 
 
-def _picked(
-    s: Session, p: Prepared, ids: Tensor, keep: float, name: str, refit: int, measure: bool, out: Path | None
-) -> dict[str, Any]:
-    whole = s.cost(s.whole)
-    _, high = p.space.window(s.cost, keep, of=whole, slack=steps.slack(s))
-    finished = _finished(s, p)
+def _of_share(s: Session, p: Prepared, keep: float, ending: str) -> Wanted:
+    """What the curves call best for a share."""
+    _, high = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=steps.slack(s))
     twin = s.run.path(f"models/keep-{keep:g}")
-    if name == f"pick-{keep:g}" and twin.is_dir():
+    if not ending and twin.is_dir():
         raise UserError(f"the run has a network of that share, searched and refitted: {twin}; take that one")
-    around = _around(finished, high)
-    sub = choosing.allocated(s, p, high)[0]
+    return Wanted(f"pick-{keep:g}{ending}", choosing.allocated(s, p, high)[0], high, {"keep": keep}, {})
+
+
+def _of_point(s: Session, p: Prepared, row: dict[str, Any]) -> Wanted:
+    """A point of the run's front."""
+    number, sub = row["point"], SubNetwork.from_json(row["subnetwork"])
+    for name in (one.name for one in _finished(s, p) if one.sub == sub):
+        if (twin := s.run.path(f"models/{name}")).is_dir():
+            raise UserError(
+                f"point {number} is a network of the run's own, searched and refitted: {twin}; take that one"
+            )
+    asked = {"point": number, "objectives": list(row["values"])}
+    return Wanted(f"pick-point-{number}", sub, s.cost(sub), asked, row)
+
+
+def _picked(
+    s: Session, p: Prepared, ids: Tensor, wanted: Wanted, refit: int, measure: bool, out: Path | None
+) -> dict[str, Any]:
+    name, sub = wanted.name, wanted.sub
+    finished = [one for one in _finished(s, p) if one.sub.hidden == s.whole.hidden]  # others have no curves
+    around = _around(finished, wanted.cost) if sub.hidden == s.whole.hidden else []
     made_of = {
         "subnetwork": sub.key(),
         "refit": refit,
@@ -144,11 +205,14 @@ def _picked(
     else:
         raw = compute()
     weights = {finishing.address(key): weight.to(s.device) for key, weight in raw.items()}
-    found = {**describe.network(s, name, sub), **_foretold(p, sub, finished)}
+    found = {**describe.network(s, name, sub), **_foretold(s, p, sub, finished)}
     found |= _measured(s, p, name, sub, weights, measure, out)
-    dense = _dense(s)
+    dense = {**describe.network(s, "dense", s.whole), **_dense(s)}
+    if wanted.front:
+        found["in_front"] = {axis: [v, wanted.front["errors"][axis]] for axis, v in wanted.front["values"].items()}
+        dense["in_front"] = {axis: [v, None] for axis, v in wanted.front["dense"].items()}
     page = describe.card(s, name, found, dense)  # type: ignore[arg-type]
-    record = {**describe.manifest(s, sub, found), "pick": {"keep": keep, **made_of}}  # type: ignore[arg-type]
+    record = {**describe.manifest(s, sub, found), "pick": {**wanted.asked, **made_of}}  # type: ignore[arg-type]
     if out is None:
         target = finishing.save_network(s, name, sub, weights, page, record, step=STEP)
     else:
@@ -158,7 +222,7 @@ def _picked(
         "chosen": [found],
         "dense": dense,
         "from": [one.name for one in around],
-        "notes": _notes(found, around, finished),
+        "notes": _notes(s, found, around, finished),
         "picked": str(target),
     }
 
@@ -191,9 +255,11 @@ def _weights(
 ) -> Override:
     """What the neighbours' weights say, and then a sequential pass over windows (n, length) where that is better."""
     r = s.config.reform
+    if sub.hidden != s.whole.hidden:  # its channels have no dense target: the super-network's own weights
+        return p.database(sub)
     start = neighbours.inherit(s.model, s.family, p.database, sub, _with_say(s, sub, around))
     p.database.forget()
-    if not len(ids) or not r.sequential or r.method == "none":
+    if not len(ids):
         return start
     settings = sequential.SequentialSettings(
         drift=r.drift, damping=r.sequential_damping, reader_damping=r.readers, reader_stride=1, micro=MICRO
@@ -224,8 +290,10 @@ def _with_say(s: Session, sub: SubNetwork, around: Sequence[Finished]) -> list[n
     return found
 
 
-def _foretold(p: Prepared, sub: SubNetwork, finished: Sequence[Finished]) -> dict[str, Any]:
+def _foretold(s: Session, p: Prepared, sub: SubNetwork, finished: Sequence[Finished]) -> dict[str, Any]:
     """Divergence and perplexity as the run's measured networks make them likely."""
+    if sub.hidden != s.whole.hidden:
+        return {}
     predicted = sensitivity.predict(p.curves, sub)
     judged = [one for one in finished if one.figures]
     if not judged:
@@ -235,9 +303,9 @@ def _foretold(p: Prepared, sub: SubNetwork, finished: Sequence[Finished]) -> dic
 
 
 def _dense(s: Session) -> dict[str, Any]:
-    """The dense model, with its figures where the run has measured them."""
+    """The dense model's figures, where the run has measured them."""
     file = "evaluation/dense.json"
-    return dict(load_json(s.run.path(file))) if s.run.done(file) else dict(describe.network(s, "dense", s.whole))
+    return dict(load_json(s.run.path(file))) if s.run.done(file) else {}
 
 
 def _measured(
@@ -277,10 +345,15 @@ def _refuse_taken(s: Session, name: str, made_of: dict[str, Any], out: Path | No
         )
 
 
-def _notes(found: dict[str, Any], around: Sequence[Finished], finished: Sequence[Finished]) -> list[str]:
+def _notes(s: Session, found: dict[str, Any], around: Sequence[Finished], finished: Sequence[Finished]) -> list[str]:
     """What a person should know about a pick, in sentences."""
+    if found["hidden"] != s.whole.hidden:
+        return ["it lacks hidden channels, so its weights are the super-network's own, not refitted, and nothing is "
+                "predicted"]  # fmt: skip
     names = " and ".join(one.name for one in around)
     notes = [f"its weights start from those of {names}" if names else "the run has no refitted network to start from"]
+    if names and any(axis in MEASURED for axis in found.get("in_front", {})):
+        notes.append("the front judged it with one-shot weights; --measure says what it is worth with these")
     if not any(one.figures for one in finished):
         notes.append("no network of the run was measured, so nothing says what the error curves' sum means in nats")
     elif found.get("predicted_factor") is None:

@@ -115,10 +115,7 @@ def rendered(result: Mapping[str, Any]) -> Iterator[Table | Text]:
     if "chosen" in result:
         yield networks([*([result["dense"]] if "dense" in result else []), *result["chosen"]])
         if result.get("front"):
-            yield Text()
-            yield rows([{"parameters": p["parameters"], **p["values"]} for p in result["front"]["searched"]["front"]])
-            sides = (("hypervolume", "searched"), ("of a random search", "control"))
-            yield pairs({name: result["front"][side]["hypervolume"] for name, side in sides})
+            yield from front(result["front"])
     elif "ppl" in result:
         yield evaluation(result)
         if result.get("speed") and "against" not in result:
@@ -176,6 +173,32 @@ def evaluation(found: Mapping[str, Any]) -> Table:
     return networks([dense, network])
 
 
+def front(found: Mapping[str, Any]) -> Iterator[Table | Text]:
+    """The points of a front of several objectives, with the numbers by which one is picked."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    own, axes = found["searched"]["front"], found["objectives"]
+    for title in ("point", "kept", *(["parameters"] if "parameters" not in axes else []), *axes):
+        table.add_column(title, justify="right")
+    for row in own:
+        size = [f"{row['parameters']:,}"] if "parameters" not in axes else []
+        values = (_objective(axis, row["values"][axis], row["errors"][axis]) for axis in axes)
+        table.add_row(str(row["point"]), _percent(row["kept"]), *size, *values)
+    yield Text()
+    yield table
+    sides = (("hypervolume", "searched"), ("of a random search", "control"))
+    yield pairs({name: found[side]["hypervolume"] for name, side in sides})
+    if own:
+        yield Text("`prunus pick RUN --point N` makes a checkpoint of a point")
+
+
+def _objective(axis: str, value: float, error: float | None) -> str:
+    if axis == "bytes":
+        return _bytes(value)
+    if axis in ("parameters", "flops"):
+        return f"{value:,.0f}" if axis == "parameters" else f"{value / 1e9:.4g} G"
+    return f"{_number(value)} ms" if axis == "latency" else _with_error(value, error)
+
+
 Cell = Callable[[Mapping[str, Any]], str]
 
 
@@ -183,12 +206,14 @@ def networks(found: Sequence[Mapping[str, Any]]) -> Table:
     """Dense and compressed networks beside each other; what was not measured is a dash, or has no column."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("network")
+    axes = list(dict.fromkeys(axis for n in found for axis in n.get("in_front", {})))
     texts = list(dict.fromkeys(text for n in found for text in n.get("perplexity", {})))
     columns: list[tuple[str, Cell]] = [
         ("kept of blocks", lambda n: _percent(n.get("kept_blocks"))),
         ("kept of all", lambda n: _percent(n.get("kept_all"))),
         ("parameters", lambda n: _millions(n.get("parameters"))),
         ("weights", lambda n: _bytes(n.get("n_bytes"))),
+        *((f"{axis}\nin the front", _in_front(axis)) for axis in axes),
         ("predicted KL", lambda n: _foretold(n.get("predicted_kl_nats"), n.get("predicted_factor"))),
         ("with KV cache", lambda n: _bytes(n.get("memory_bytes"))),
         ("ms by the table", lambda n: _number(n.get("predicted_ms"))),
@@ -207,6 +232,10 @@ def networks(found: Sequence[Mapping[str, Any]]) -> Table:
     for n in found:
         table.add_row(str(n["name"]), *(cell(n) for _, cell in measured))
     return table
+
+
+def _in_front(axis: str) -> Cell:
+    return lambda n: _objective(axis, *n["in_front"][axis]) if "in_front" in n else "–"
 
 
 def _perplexity_on(text: str) -> Cell:

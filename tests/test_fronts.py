@@ -19,6 +19,7 @@ from prunus.errors import UserError
 from prunus.fronts import volumes
 from prunus.models import costs, loading
 from prunus.models.families import family_of, full
+from prunus.picking import pick
 from prunus.pipeline import compress, step
 from prunus.recording.run import read_manifest
 from prunus.searching.pareto import front
@@ -156,6 +157,9 @@ def test_milliseconds_are_an_objective_of_a_run_that_has_shares(
     assert all(0 < row["values"]["latency"] < data["front"]["dense"][1] for row in rows)
     by_size = sorted(rows, key=lambda row: row["values"]["bytes"])
     assert by_size[0]["values"]["latency"] < by_size[-1]["values"]["latency"]
+    point = next(row for row in rows if row["subnetwork"] != rows[-1]["subnetwork"])
+    (picked,) = pick(tmp_path / "run", point=point["point"])["chosen"]
+    assert picked["predicted_ms"] == pytest.approx(point["values"]["latency"])  # by the run's own table
     assert "latency" not in data  # its targets are shares: the report has no table of times
     assert (tmp_path / "run" / "report" / "searched.svg").is_file()
 

@@ -77,6 +77,7 @@ class Network(TypedDict):
     predicted_tps: NotRequired[float]  # tokens decoded in a second
     measured_tps: NotRequired[float]
     uniform: NotRequired[bool]  # a stock configuration, loads without Prunus
+    in_front: NotRequired[dict[str, tuple[float, float | None]]]  # of a point of a front: objective -> value, its error
     path: NotRequired[str]  # of the checkpoint, from the run directory
     sample: NotRequired[str]  # what it writes after the report's prompt
 

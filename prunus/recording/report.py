@@ -212,27 +212,31 @@ def _searched(data: ReportData) -> str:
         return ""
     names, own = found["objectives"], found["searched"]
     rows = [
-        [_millions(row["parameters"]), f"{100 * row['kept']:.1f} %"]
-        + [_with_error(row["values"][name], row["errors"][name]) for name in names]
+        [str(row["point"]), _millions(row["parameters"]), f"{100 * row['kept']:.1f} %"]
+        + [_on_axis(name, row["values"][name], row["errors"][name]) for name in names]
         for row in own["front"]
     ]
     return "\n\n".join(
         [
             f"## A front of {' and '.join(names)}",
             "![the searched front beside a random search](report/searched.png)",
-            f"Blue: {found['method']}, {found['evaluations']} networks judged. Grey: as many random ones, of evenly "
-            "spread sizes. Points with bars are each search's front, judged again on text (or task examples) that no "
-            "search has seen, with standard errors; faint ones are all that was tried, on the search's own. Weights "
-            "are one-shot, before the final pass. Hypervolume, the share of the box from the best to a little "
+            f"Blue, with the table's numbers: {found['method']}, {found['evaluations']} networks judged. Grey: as many "
+            "random ones, of evenly spread sizes. Points with bars are each search's front, judged again on text (or "
+            "task examples) that no search has seen, with standard errors; faint ones are all that was tried, on the "
+            "search's own. Weights are one-shot, before the final pass. Hypervolume, the share of the box from the "
+            "best to a little "
             f"beyond the worst of both fronts that each dominates: {own['hypervolume']:.3f} searched, "
-            f"{found['control']['hypervolume']:.3f} at random. `search/front.json` holds every network.",
-            table(["parameters", "kept", *(_cell(title) for title in found["titles"])], rows),
+            f"{found['control']['hypervolume']:.3f} at random. `search/front.json` holds every network, "
+            "and `prunus pick RUN --point N` makes a checkpoint of a point.",
+            table(["point", "parameters", "kept", *(_cell(title) for title in found["titles"])], rows),
         ]
     )
 
 
-def _with_error(value: float, error: float | None) -> str:
-    shown = f"{value:.4g}" if abs(value) < 1e5 else f"{value:.5g}"
+def _on_axis(name: str, value: float, error: float | None) -> str:
+    if name in ("parameters", "bytes"):
+        return f"{value:,.0f}"
+    shown = f"{value / 1e9:,.4g} G" if name == "flops" else f"{value:.4g}"
     return shown if error is None else f"{shown} ± {error:.2g}"
 
 

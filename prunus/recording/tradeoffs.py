@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from prunus.recording.pictures import BLUE, GREY, INK, STYLE
 
+NUMBERED = 60  # points of a front that carry their numbers; more would hide the picture
+
 
 def searched_front(found: Mapping[str, Any]) -> Figure:
     """The front that a search has found beside that of a random search with as many evaluations, on held-out text.
@@ -49,6 +51,12 @@ def _front_panel(ax: Axes, found: Mapping[str, Any], names: tuple[str, str], at:
             markersize=7, markeredgecolor=colour if marker == "x" else "white", capsize=2, zorder=4, label=share,
             linewidth=1.5 if joined else 0, elinewidth=1,
         )  # fmt: skip
+        for row in one["front"] if side == "searched" and len(one["front"]) <= NUMBERED else []:
+            at_point = tuple(row["values"][name] for name in names)
+            ax.annotate(
+                str(row["point"]), at_point, (5, 5), textcoords="offset points", fontsize=7, color=INK, zorder=8,
+                annotation_clip=True,
+            )  # fmt: skip
         shown += points
     dense = tuple(found["dense"][k] for k in at)
     ax.scatter([dense[0]], [dense[1]], s=95, marker="*", color=INK, zorder=7, clip_on=False, label="dense")
