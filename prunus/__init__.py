@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunus.config import CompressConfig
 from prunus.errors import UserError
+from prunus.machine import VERSION
 from prunus.models import registration
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from prunus.scoring.importance import score
     from prunus.training.recovery import recover
 
+__version__ = VERSION
 _VERBS = {  # where each is; after a colon, what it is called there
     "activate": "models.slicing",
     "bench": "baselines.bench:run",

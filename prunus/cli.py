@@ -12,7 +12,7 @@ import click
 from prunus.config import overrides, resolve, settings
 from prunus.errors import UserError
 from prunus.flags import Verb, flags, given
-from prunus.machine import environment
+from prunus.machine import VERSION, environment
 from prunus.recording.artefact import trouble
 from prunus.recording.changes import FIRST, VERBS
 from prunus.setting import ANYWHERE
@@ -69,6 +69,7 @@ def _machine_trouble(error: BaseException) -> str:
 
 
 @click.group(cls=Door, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(VERSION)
 def app() -> None:
     """Prunus finds the smaller networks inside a pretrained language model.
 

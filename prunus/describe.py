@@ -165,7 +165,7 @@ tags: [prunus, compressed]
 ---
 # {name}: a smaller network inside {s.run.source.get("id")}
 
-Cut out by Prunus {machine.environment().get("prunus", "")}, {_tier(s)}.
+Cut out by Prunus {machine.VERSION}, {_tier(s)}.
 
 | | original | this network |
 |---|---:|---:|

@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("prunus", "torch", "transformers", "safetensors", "numpy", "optuna")
+VERSION = "0.1.0"  # of Prunus, installed or not: pyproject.toml reads it here
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "optuna")
 
 
 @dataclass
@@ -47,7 +48,7 @@ def words() -> str:
 
 def environment() -> dict[str, str]:
     """Versions of what computes, and of the machine's system; imports nothing."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    found = {"prunus": VERSION, "python": platform.python_version(), "platform": platform.platform()}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from tiny import ragged, tiny
 
 import prunus
+from prunus import machine
 from prunus.models.checkpoint import blank
 from prunus.models.families import family_of
 from prunus.models.slicing import state_of
@@ -50,3 +53,21 @@ def test_every_public_name_is_there_and_callable() -> None:
         assert callable(getattr(prunus, name)), name
     with pytest.raises(AttributeError, match="no attribute 'compres'"):
         _ = prunus.compres  # type: ignore[attr-defined]
+
+
+def test_the_version_is_known_without_an_installation(tmp_path: Path) -> None:
+    """From a source tree alone: the package is found by its path, and no installed copy is asked."""
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "prunus").symlink_to(root / "prunus")
+    say = [sys.executable, "-m", "prunus"]
+    done = subprocess.run([*say, "version", "--json", "-"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert json.loads(done.stdout)["prunus"] == machine.VERSION == prunus.__version__
+    done = subprocess.run([*say, "--version"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == f"prunus, version {machine.VERSION}\n"
+
+
+def test_the_package_is_built_with_that_version() -> None:
+    expanded = pytest.importorskip("setuptools.config.pyprojecttoml").read_configuration
+    root = Path(__file__).resolve().parents[1]
+    assert expanded(root / "pyproject.toml")["project"]["version"] == machine.VERSION
+    assert "version" not in tomllib.loads((root / "pyproject.toml").read_text())["project"]
