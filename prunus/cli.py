@@ -11,7 +11,7 @@ import click
 
 from prunus.config import overrides, resolve, settings
 from prunus.errors import UserError
-from prunus.flags import Verb, flags, given
+from prunus.flags import UNSEEDED, Verb, flags, given
 from prunus.machine import VERSION, environment
 from prunus.recording.artefact import trouble
 from prunus.recording.changes import FIRST, VERBS
@@ -193,7 +193,7 @@ def _steps(advance: Callable[[int], None]) -> Callable[[int, int], None]:
     return scanned
 
 
-@flags("revision", "trust_remote_code", "calibration.samples", "calibration.length")
+@flags("revision", "trust_remote_code", "calibration.samples", "calibration.length", common=UNSEEDED)
 @app.command(cls=Verb, short_help="Can MODEL be compressed, and does it fit this machine?")
 @click.argument("model")
 def check(model: str, **parameters: Any) -> None:
@@ -214,6 +214,7 @@ def check(model: str, **parameters: Any) -> None:
     "budget.generate",
     "revision",
     "trust_remote_code",
+    common=UNSEEDED,
 )
 @app.command(cls=Verb, short_help="How long every width of MODEL takes on this device.")
 @click.argument("model")
@@ -235,7 +236,7 @@ def latency(model: str, step: int | None, again: bool, picture: str | None, **pa
     terminal.result(found, parameters["json"])
 
 
-@flags("revision", "trust_remote_code")
+@flags("revision", "trust_remote_code", common=UNSEEDED)
 @app.command(cls=Verb, short_help="A checkpoint for llama.cpp, onnxruntime or vLLM.")
 @click.argument("checkpoint")
 @click.option(
@@ -299,7 +300,7 @@ def recover(checkpoint: str, teacher: str | None, out: str, **parameters: Any) -
     terminal.result({key: value for key, value in found.items() if key != "history"}, parameters["json"])
 
 
-@flags("keep_of")
+@flags("keep_of", common=("device",), of_run=True, files=False)
 @app.command(cls=Verb, short_help="One more checkpoint of a run: any budget, any point of a front.")
 @click.argument("run")
 @click.option("--keep", metavar="X", type=float, multiple=True, help="the share to keep")
@@ -314,12 +315,10 @@ def recover(checkpoint: str, teacher: str | None, out: str, **parameters: Any) -
 @click.option("--model", metavar="MODEL", help="the run's model, if it has moved")
 def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> None:
     """One more checkpoint of RUN, for any other budget or of a point of its front: in seconds, without a search."""
-    asked = overrides(parameters["config"], given({**parameters, "keep": None, "model": None}))
+    asked = overrides(None, given({**parameters, "keep": None, "model": None}))
     terminal = Terminal(parameters["quiet"])
     if len(keep) > 1:
         raise UserError(f"one pick at a time, given {len(keep)} shares; give one --keep")
-    if unused := sorted(set(asked) - {"keep_of", "device"}):
-        raise UserError(f"{unused[0]} is the run's: a pick takes it as it is there")
     from prunus.picking import pick
 
     calm_libraries()
@@ -407,7 +406,7 @@ def _step(name: str, sentence: str) -> click.Command:
     own = (FIRST.get(name, name), name, *(step for step, verb in VERBS.items() if verb == name))
     keys = [key for key, one in settings().items() if one.flag and one.step in (*own, ANYWHERE)]
 
-    @flags(*keys)
+    @flags(*keys, common=("device",), of_run=True)
     @app.command(name, cls=Verb, short_help=sentence, help=f"{sentence}\n\n{STEPS}")
     @click.argument("run")
     @click.option("--again", is_flag=True, help="do the step again although it is done; later ones are deleted")

@@ -15,6 +15,7 @@ from prunus.targets import LIMITS
 MANY = ("--keep", *(f"--{kind.replace('_', '-')}" for kind in LIMITS))  # flags that take several values after one
 WORDS = ("--methods", "--lengths", "--tasks", "--front", "--front-tasks")  # with words: all up to the next flag
 COMMON = ("device", "dtype", "seed")
+UNSEEDED = ("device", "dtype")  # of verbs that draw nothing at random
 METAVARS = {"test_text": "FILE", "train.data": "FILE", "calibration.source": "SOURCE", "method": "NAME"}
 WIDEST = 44  # of a flag with its choices, so that the help keeps to 80 columns; longer lists stand in the sentence
 
@@ -39,12 +40,12 @@ class Verb(click.Command):
 class Flag(click.Option):
     """The flag of one setting. Its text is checked by the setting itself."""
 
-    def __init__(self, setting: Setting, name: str | None = None, group: str | None = None) -> None:
+    def __init__(self, setting: Setting, name: str | None = None, of_run: bool = False) -> None:
         self.key = setting.key
         section = setting.key.rpartition(".")[0]
-        self.group = group or (section.capitalize() if section else "Model and outcome")
+        self.group = section.capitalize() if section else "Model and outcome"
         flag = f"--{name or setting.flag}"
-        default = "" if setting.default in (None, ()) else f"  [default: {setting.shown}]"
+        default = "" if of_run or setting.default in (None, ()) else f"  [default: {setting.shown}]"
         is_switch = setting.plain is bool
         is_long = len(f"{flag} {_metavar(setting)}") > WIDEST
         choices = f": {', '.join(setting.choices)}" if is_long else ""
@@ -89,15 +90,28 @@ def _is_numbers(text: str) -> bool:
         return False
 
 
-def flags(*keys: str, names: Mapping[str, str] | None = None) -> Callable[[click.Command], click.Command]:
-    """Adds the flags of some settings, and those that every command has, to a command."""
+def flags(
+    *keys: str,
+    names: Mapping[str, str] | None = None,
+    common: Sequence[str] = COMMON,
+    of_run: bool = False,
+    files: bool = True,
+) -> Callable[[click.Command], click.Command]:
+    """Adds the flags of some settings, and those that every command has, to a command.
+
+    common: settings beside those. of_run: what is not given is as it is in a run, whatever the default. files: also
+    --config and --set, by which any setting may be given.
+    """
 
     def add(command: click.Command) -> click.Command:
-        for key in dict.fromkeys((*keys, *COMMON)):
-            command.params.append(Flag(settings()[key], (names or {}).get(key)))
+        for key in dict.fromkeys((*keys, *common)):
+            command.params.append(Flag(settings()[key], (names or {}).get(key), of_run))
+        if files:
+            command.params += [
+                click.Option(["--config"], metavar="FILE", help="YAML file of settings; flags win over it"),
+                click.Option(["--set"], metavar="KEY=VALUE", multiple=True, help="any setting by its name in the file"),
+            ]
         command.params += [
-            click.Option(["--config"], metavar="FILE", help="YAML file of settings; flags win over it"),
-            click.Option(["--set"], metavar="KEY=VALUE", multiple=True, help="any setting by its name in the file"),
             click.Option(["--json"], metavar="FILE", help="also write the result as JSON; - for stdout"),
             click.Option(["--quiet"], is_flag=True, help="no progress, no tables"),
         ]
@@ -121,4 +135,4 @@ def given(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return asked
 
 
-__all__ = ["COMMON", "MANY", "WORDS", "Flag", "Verb", "flags", "given", "spread"]
+__all__ = ["COMMON", "MANY", "UNSEEDED", "WORDS", "Flag", "Verb", "flags", "given", "spread"]

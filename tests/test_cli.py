@@ -15,11 +15,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 import prunus
-from prunus import cli
+from prunus import cli, config
 from prunus.config import CompressConfig
 from prunus.errors import UserError
+from prunus.flags import Flag
 from prunus.progress import LineProgress, silent
+from prunus.recording import changes
 from prunus.recording.run import Run
+from prunus.setting import ANYWHERE
 
 NETWORK = {"kept_blocks": 0.8, "kept_all": 0.84, "parameters": 113_000_000, "n_bytes": 226_000_000}
 RESULT = {
@@ -156,7 +159,7 @@ def test_switches_can_be_turned_off_over_the_file(calls: list[Any], tmp_path: Pa
 
 
 def test_steps_pass_only_what_was_asked_for(calls: list[Any]) -> None:
-    done = prunus_("search", "runs/a", "--generations", "50", "--set", "search.depth=no", "--seed", "0")
+    done = prunus_("search", "runs/a", "--generations", "50", "--set", "search.depth=no", "--set", "seed=0")
     assert done.exit_code == 0, done.output
     assert calls == [(Path("runs/a"), "search", {"seed": 0, "search.generations": 50, "search.depth": False})]
     for name in ("score", "reform", "extract", "report"):
@@ -302,9 +305,26 @@ def test_every_verb_has_the_common_flags_and_a_sentence() -> None:
         done = prunus_(name, "--help")
         assert done.exit_code == 0
         assert command.get_short_help_str(), name
-        wanted = ["--json"] if name == "version" else ["--config", "--set", "--json", "--quiet", "--device", "--dtype"]
-        for flag in [*wanted, *([] if name == "version" else ["--seed"])]:
-            assert flag in done.output, (name, flag)
+        known = {flag for option in command.params for flag in option.opts}
+        assert "--json" in known
+        assert name == "version" or {"--quiet", "--device"} <= known, name
+        assert name in ("version", "pick") or {"--config", "--set"} <= known, name
+        assert ("--dtype" in known) is (name not in STEPS), name
+        assert ("--seed" in known) is (name in ("compress", "evaluate", "recover", "bench")), name
+
+
+STEPS = ("score", "train", "reform", "search", "extract", "report", "pick", "version")
+
+
+def test_no_flag_of_a_step_is_one_that_the_run_would_refuse() -> None:
+    """A step may change what it or a later step reads first; an earlier step's settings are the run's for good."""
+    for name in STEPS[:-2]:
+        first = config.STEPS.index(changes.FIRST.get(name, name))
+        for option in cli.app.commands[name].params:
+            if isinstance(option, Flag):
+                step = config.settings()[option.key].step
+                assert step == ANYWHERE or config.STEPS.index(step) >= first, (name, option.key)
+                assert "[default" not in (option.help or ""), (name, option.key)  # the run's value counts
 
 
 def test_python_dash_m_is_the_same_door() -> None:

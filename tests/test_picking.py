@@ -218,7 +218,7 @@ def test_the_command(run: Path) -> None:
         (["--keep", "0.7", "--point", "1"], "given keep 0.7 and point 1"),
         (["--point", "1", "--keep-of", "all"], "leave it out"),
         (["--keep", "0.7", "0.6"], "one pick at a time"),
-        (["--keep", "0.7", "--seed", "3"], "seed is the run's"),
+        (["--keep", "0.7", "--seed", "3"], "No such option"),
         (["--keep", "0.7", "--keep-of", "rings"], "keep_of is one of"),
         (["--keep", "0.7", "--refit", "-1"], "refit is a number of windows"),
     ):
