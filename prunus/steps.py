@@ -344,7 +344,9 @@ def check_request(s: Session) -> None:
     """Refuse, before any long work, what cannot be reached: targets outside the space, a uniform export that the
     family's stock configuration cannot hold. Where targets are times, the table of this device is fetched or measured.
     """
-    c = s.config.search
+    c, text = s.config.search, s.config.calibration
+    if not s.run.done("tokens.safetensors"):
+        calibration.check(text.source, text.samples + text.holdout, column=text.column)
     if s.config.uniform and (refusal := checkpoint.uniform_refusal(s.model.config, s.family, s.whole)):
         raise UserError(refusal)
     kept = sum(t.value if t.kind == "keep" else 1.0 for t in s.config.targets)

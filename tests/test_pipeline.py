@@ -231,6 +231,54 @@ def test_a_share_may_be_picked_from_a_run_with_a_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "changes", "sentence"),
+    [
+        (None, {}, "cannot read the text file"),
+        (b"", {}, "is empty"),
+        (b"a few words", {}, "too short"),
+        (b"a\0b", {}, "is a binary file"),
+        (b"words " * 99, {"calibration__column": "text"}, "in .jsonl files only"),
+        (b"words " * 99, {"calibration__source": "notes"}, "unknown calibration source"),
+        (b"words " * 99, {"calibration__source": "wiki.test.raw"}, "is named as test text"),
+        (b"words " * 99, {"method": "magnitude"}, "too short"),
+        (b"words " * 99, {"keep": (0.001,)}, "out of reach"),
+    ],
+)
+def test_what_is_refused_leaves_no_directory(
+    text: bytes | None, changes: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunus.timing.runtimes.measure", lambda *_, **__: pytest.fail("measured before the text"))
+    source, out = tmp_path / "text.txt", tmp_path / "deep" / "run"
+    if text is not None:
+        source.write_bytes(text)
+    asked = config(**{"calibration__source": str(source), **changes})
+    with pytest.raises(UserError, match=sentence):
+        compress(asked, out)
+    assert not (tmp_path / "deep").exists()
+    out.mkdir(parents=True)
+    with pytest.raises(UserError, match=sentence):
+        compress(asked, out)
+    assert list(out.iterdir()) == []  # it was there before
+
+
+def test_a_text_is_refused_before_a_table_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunus.timing.runtimes.measure", lambda *_, **__: pytest.fail("measured before the text"))
+    with pytest.raises(UserError, match="cannot read the text file"):
+        compress(budget(speedup="1.3", calibration__source=str(tmp_path / "none.txt")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_something_stays_when_a_later_command_is_refused(run: tuple[Path, dict[str, Any]]) -> None:
+    before = sorted(path for path in run[0].rglob("*") if ".prunus" not in path.parts)
+    with pytest.raises(UserError, match="another configuration"):
+        compress(config(seed=1), run[0])
+    with pytest.raises(UserError, match="out of reach"):
+        compress(config(keep=(0.8, 0.6, 0.001)), run[0])
+    assert sorted(path for path in run[0].rglob("*") if ".prunus" not in path.parts) == before
+    assert compress(config(), run[0])["chosen"] == run[1]["chosen"]
+
+
+@pytest.mark.parametrize(
     ("asked", "sentence"),
     [
         ({"latency_ms": 1}, r"latency-1ms: no network .* Milliseconds of a request go from [\d.]+ to [\d.]+ on"),

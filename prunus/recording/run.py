@@ -7,12 +7,12 @@ the file and the record agree, so a stop between any two of these leaves a direc
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from prunus.config import STEPS, defaults, difference, flatten, nest, to_yaml
 from prunus.errors import UserError
 from prunus.machine import Meter, environment, reset_peak
 from prunus.recording import changes
 from prunus.recording.artefact import FORMATS, fingerprint, flush, matches, place, remove, write_text, writing
+from prunus.recording.lock import acquire
 from prunus.targets import Target
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class Run:
         self.steps = tuple(steps)
         self._lock = lock
         self._meters: list[Meter] = []
+        self._made: list[Path] | None = None  # by _create: directories that were not there, innermost first
 
     # ------------------------------------------------------------------------------------------ opening and closing
 
@@ -81,7 +83,7 @@ class Run:
         """Opens an existing run with the configuration that it recorded."""
         directory = Path(directory)
         manifest = read_manifest(directory)
-        lock = _acquire(directory)
+        lock = acquire(directory)
         run = cls(directory, manifest, lock, steps)
         try:
             remove(run._partial)
@@ -105,6 +107,7 @@ class Run:
                 f"{str(directory)!r} is no run of Prunus and holds other files ({', '.join(foreign[:5])}{more}); "
                 "choose a new or an empty directory"
             )
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
         with writing(directory):
             (directory / ".prunus").mkdir(parents=True, exist_ok=True)
         manifest = {
@@ -118,7 +121,8 @@ class Run:
             "unfinished": {},
             "notes": {},
         }
-        run = cls(directory, manifest, _acquire(directory), steps)
+        run = cls(directory, manifest, acquire(directory), steps)
+        run._made = made
         run._write_manifest()
         run._write_config()
         return run
@@ -180,8 +184,19 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *stopped: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *stopped: object) -> None:
+        """Close it; a run that was refused before anything came of it leaves no directory behind."""
+        nothing = not self.manifest["artefacts"] and not self.manifest["growing"]
+        refused = nothing and kind is not None and issubclass(kind, UserError)
+        if refused and self._made is not None:
+            for file in ("manifest.json", "config.yaml"):
+                remove(self.directory / file)
         self.close()
+        if refused and self._made is not None:
+            remove(self.directory / ".prunus")
+            with contextlib.suppress(OSError):  # somebody put a file there meanwhile
+                for path in self._made:
+                    path.rmdir()
 
     # --------------------------------------------------------------------------------------------------- the record
 
@@ -464,21 +479,6 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             f"{str(path)!r} has format {found!r}, this version of Prunus reads {FORMAT}; choose another --out"
         )
     return dict(manifest)
-
-
-def _acquire(directory: Path) -> FileLock:
-    """The lock of a run. The system gives it free when its process dies, however it dies."""
-    owner = directory / ".prunus" / "owner"
-    lock = FileLock(directory / ".prunus" / "lock", timeout=0)
-    with writing(directory):
-        owner.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "another process"
-            raise UserError(f"{who} is working on {str(directory)!r}; wait for it, or choose another --out") from None
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-    return lock
 
 
 def _describe(source: Mapping[str, Any]) -> str:

@@ -88,6 +88,13 @@ def calibration_tokens(
     return ids
 
 
+def check(source: str, samples: int, *, column: str | None = None) -> None:
+    """Raise UserError for a file that cannot be calibration text; hubs, and what only tokens tell, are left."""
+    for name, _ in mixture(source, samples):
+        if name not in (*DATASETS, *GENERATED, "auto"):
+            source_text(name, seed=0, column=column, need=0)
+
+
 def mixture(source: str, samples: int) -> list[tuple[str, int]]:
     """The sources named in `source` and how many windows each gives; the numbers add up to `samples`."""
     if "," not in source or Path(source).is_file():
@@ -371,6 +378,7 @@ __all__ = [
     "DATASETS",
     "auto_source",
     "calibration_tokens",
+    "check",
     "encode",
     "file_text",
     "mixture",
