@@ -124,6 +124,8 @@ def rendered(result: Mapping[str, Any]) -> Iterator[Table | Text]:
             yield Text()
             yield rows(result["tasks"])
             yield pairs({"mean": result["mean"], "standard error": result["mean_se"]})
+    elif "methods" in result:
+        yield from methods(result["methods"])
     else:
         facts = {key: value for key, value in result.items() if _is_fact(value) and key not in PLACES}
         if facts:
@@ -240,6 +242,25 @@ def _in_front(axis: str) -> Cell:
 
 def _perplexity_on(text: str) -> Cell:
     return lambda n: _number(n.get("perplexity", {}).get(text))
+
+
+def methods(found: Sequence[Mapping[str, Any]]) -> Iterator[Table | Text]:
+    """The methods of a bench: what each does, and below that its paper, and whom it serves where not all."""
+    heads = {True: "structured: the networks get smaller", False: "masks: weights become zero, the size stays"}
+    widest = max(len(one["name"]) for one in found)
+    for structured, head in heads.items():
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(style="bold", no_wrap=True, min_width=widest)
+        table.add_column()
+        for one in found:
+            if one["smaller network"] is structured:
+                served, _, only = one["serves"].partition("; ")
+                facts = [*([] if one["paper"] == "none" else [one["paper"]])]
+                facts += [*([] if served == "all families" else [f"serves {served}"]), *([only] if only else [])]
+                below = "; ".join(facts)
+                table.add_row(one["name"], Text.assemble(one["what it does"], (f"\n{below}" if below else "", "dim")))
+        yield Text(head if structured else f"\n{head}", style="underline")
+        yield table
 
 
 def rows(found: Sequence[Mapping[str, Any]]) -> Table:

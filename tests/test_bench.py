@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from prunus import cli, tasks
@@ -19,6 +21,8 @@ from prunus.baselines.table import OURS, TABLE
 from prunus.config import CompressConfig, resolve
 from prunus.errors import UserError
 from prunus.pipeline import compress
+from prunus.terminal import rendered
+from prunus.texts import calibration
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODEL = SHARED / "models" / "stories260k-hf"
@@ -96,6 +100,24 @@ def test_a_finished_row_is_not_computed_again(
         ("dense", 1.0), ("magnitude", 0.8), ("magnitude", 0.5), ("shortgpt", 0.8),
     ]  # fmt: skip
     assert "--methods magnitude shortgpt --keep 0.8 0.5" in more["command"]
+
+
+@needs_model
+def test_the_calibration_by_default_is_what_can_be_had(
+    texts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "auto_source", lambda: texts[0])
+    found = run(config(texts[0]), plan(texts, "magnitude", keeps=(0.8,), calibrations=("auto",)), tmp_path / "out")
+    assert [row.get("calibration") for row in found["rows"]] == [None, Path(texts[0]).name]
+    assert f"--calibration {Path(texts[0]).name}" in found["command"]
+
+
+@needs_model
+def test_a_calibration_text_that_is_refused_leaves_no_bench(texts: tuple[str, str], tmp_path: Path) -> None:
+    asked = plan(texts, "magnitude", calibrations=(texts[0], str(tmp_path / "none.txt")))
+    with pytest.raises(UserError, match="cannot read the text file"):
+        run(config(texts[0]), asked, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @needs_model
@@ -275,6 +297,21 @@ def test_the_list_needs_no_model() -> None:
     assert done.exit_code == 0, done.output
     for name in (OURS, *TABLE):
         assert f"\n{name} " in done.output
+    for width in (80, 120):
+        page = shown(bench.listed(), width)
+        assert max(map(len, page)) <= width
+        assert sum(len(line.split()) == 1 for line in page) <= 6  # hardly a line for a single word
+        papers = {word.strip(",") for one in TABLE.values() for word in one.paper.split() if ":" in word}
+        assert papers <= {word.strip(",;") for line in page for word in line.split()}  # none is cut in two
+
+
+def shown(found: dict[str, Any], width: int) -> list[str]:
+    """What a terminal of so many columns shows of a result."""
+    out = io.StringIO()
+    console = Console(file=out, width=width, color_system=None)
+    for part in rendered(found):
+        console.print(part)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
 def test_words_after_a_flag_reach_the_bench(

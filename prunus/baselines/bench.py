@@ -107,7 +107,12 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
     config: the model, seed, dtype, calibration windows and settings of all methods; its `keep`, `method` and
     `calibration.source` are not read. Raises UserError for what cannot be asked, before long work where it is known.
     """
-    out = Path(out)
+    out, c = Path(out), config.calibration
+    known = {"auto": calibration.auto_source()} if "auto" in plan.calibrations else {}
+    plan = replace(plan, calibrations=tuple(dict.fromkeys(known.get(name, name) for name in plan.calibrations)))
+    if not (out / "manifest.json").exists():  # rows that are there need no text any more
+        for source in plan.calibrations:
+            calibration.check(source, c.samples + c.holdout, column=c.column)
     loaded = loading.load_configured(config, windows=(config.calibration.samples, config.calibration.length))
     with Run.open(out, recorded(config, plan), asdict(loaded.source), steps=STEPS) as record:
         bench = _Bench(config, plan, out, progress, loaded, record)
