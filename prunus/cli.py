@@ -414,13 +414,10 @@ def _step(name: str, sentence: str) -> click.Command:
         asked = overrides(parameters["config"], given(parameters))
         terminal = Terminal(parameters["quiet"])
         from prunus import pipeline
-        from prunus.recording.run import Run
 
         calm_libraries()
-        if again:
-            with Run.reopen(run) as record:
-                record.forget(own[0])
-        terminal.result(pipeline.step(Path(run), name, asked, terminal.progress()), parameters["json"])  # type: ignore[arg-type]
+        found = pipeline.step(Path(run), name, asked, terminal.progress(), again=again)  # type: ignore[arg-type]
+        terminal.result(found, parameters["json"])
 
     return command
 

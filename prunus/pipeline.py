@@ -33,8 +33,13 @@ def compress(config: CompressConfig, out: str | Path, progress: Progress = silen
     return _run(config, Path(out), "report", progress)
 
 
-def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Progress = silent) -> dict[str, Any]:
-    """One step of an existing run, with what it needs before it; overrides (dotted keys) change it and later ones."""
+def step(
+    out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Progress = silent, *, again: bool = False
+) -> dict[str, Any]:
+    """One step of an existing run, with what it needs before it; overrides (dotted keys) change it and later ones.
+
+    again: do it again although it is done. What cannot be done is refused before anything is recorded or deleted.
+    """
     raw = {**flatten(read_manifest(out)["config"]), **overrides}
     config = CompressConfig.from_dict(raw)  # refuses what does not fit together before anything is deleted
     if name not in ("extract", "report"):
@@ -43,23 +48,49 @@ def step(out: str | Path, name: Step, overrides: Mapping[str, Any], progress: Pr
     asked = {key: typed[key] for key in overrides}
     if set(TARGETS) & overrides.keys():
         asked["keep"] = config.keep
+    loaded: list[loading.Loaded] = []
     with Run.reopen(out) as run:
-        raw = run.change(name, asked)
-    return _run(CompressConfig.from_dict(raw), Path(out), name, progress)
+
+        def admit() -> None:
+            if config.method == rivals.OURS:
+                loaded.append(_load(config))
+                run.refuse_other(asdict(loaded[0].source), "choose another --out")
+                shapes = [key for key in asked if key.startswith("budget.") and key not in TARGETS]
+                s = _session(run, config, loaded[0], progress)
+                steps.check_request(s, own_table=run.done("latency.json") and not shapes)
+                _check(s, anew=name in ("score", "train") and (again or bool(asked)))
+
+        raw = run.change(name, asked, again=again, admit=admit)
+    return _run(CompressConfig.from_dict(raw), Path(out), name, progress, *loaded)
 
 
-def _run(config: CompressConfig, out: Path, last: Step, progress: Progress) -> dict[str, Any]:
+def _load(config: CompressConfig) -> loading.Loaded:
+    windows = config.calibration.samples + config.calibration.holdout, config.calibration.length
+    return loading.load_configured(config, windows=windows)
+
+
+def _session(run: Run, config: CompressConfig, loaded: loading.Loaded, progress: Progress) -> Session:
+    family = family_of(loaded.model.config)
+    return Session(run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
+
+
+def _check(s: Session, anew: bool = False) -> None:
+    """Raise UserError for a front or a training that cannot be done, before any long work."""
+    fronts.check(s)
+    if s.config.train.data:
+        supernet.check(s, anew)
+
+
+def _run(
+    config: CompressConfig, out: Path, last: Step, progress: Progress, loaded: loading.Loaded | None = None
+) -> dict[str, Any]:
     if config.method != rivals.OURS:
         return rivals.compress(config, out, progress)
-    windows = config.calibration.samples + config.calibration.holdout, config.calibration.length
-    loaded = loading.load_configured(config, windows=windows)
+    loaded = loaded or _load(config)
     with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:
-        family = family_of(loaded.model.config)
-        s = Session(run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
+        s = _session(run, config, loaded, progress)
         steps.check_request(s)
-        fronts.check(s)
-        if config.train.data:
-            supernet.check(s)
+        _check(s)
         ids, holdout = steps.calibrate(s)
         orders = steps.score(s, ids)
         if last == "score":

@@ -340,9 +340,10 @@ def _price_of_layers(curves: Sequence[sensitivity.Curve], n_layers: int) -> list
     return sorted(price, key=lambda i: price[i], reverse=True)
 
 
-def check_request(s: Session) -> None:
+def check_request(s: Session, own_table: bool = True) -> None:
     """Refuse, before any long work, what cannot be reached: targets outside the space, a uniform export that the
-    family's stock configuration cannot hold. Where targets are times, the table of this device is fetched or measured.
+    family's stock configuration cannot hold. Where targets are times, the table of this device is fetched or measured;
+    own_table: and becomes the run's.
     """
     c, text = s.config.search, s.config.calibration
     if not s.run.done("tokens.safetensors"):
@@ -364,7 +365,7 @@ def check_request(s: Session) -> None:
         database(str(c.storage))
     if s.config.constraint in TIMES:
         runtimes.check(s.model, s.family, s.config.budget, space)
-        s.timetable = timetable_of(s)
+        s.timetable = timetable_of(s) if own_table else _measured_table(s)
     for target in s.config.targets:
         if target.kind == "keep":
             space.window(s.cost, target.value, of=s.cost(s.whole), slack=slack(s))
@@ -402,10 +403,11 @@ def timetable_of(s: Session) -> Timetable:
     def load(path: Path) -> Timetable:
         return Timetable.from_json(path.read_text(encoding="utf-8"))
 
-    def compute() -> Timetable:
-        return runtimes.measure(s.model, s.family, s.config.budget, progress=s.progress)
+    return s.run.do("search", "latency.json", lambda: _measured_table(s), save=save, load=load)
 
-    return s.run.do("search", "latency.json", compute, save=save, load=load)
+
+def _measured_table(s: Session) -> Timetable:
+    return runtimes.measure(s.model, s.family, s.config.budget, progress=s.progress)
 
 
 def _check_reach(s: Session, space: SearchSpace, target: Target) -> None:

@@ -21,7 +21,6 @@ from prunus.errors import UserError
 from prunus.flags import Flag
 from prunus.progress import LineProgress, silent
 from prunus.recording import changes
-from prunus.recording.run import Run
 from prunus.setting import ANYWHERE
 
 NETWORK = {"kept_blocks": 0.8, "kept_all": 0.84, "parameters": 113_000_000, "n_bytes": 226_000_000}
@@ -42,8 +41,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append((config, out, progress))
         return RESULT
 
-    def step(out: Path, name: str, asked: dict[str, Any], progress: Any) -> dict[str, Any]:
-        seen.append((out, name, asked))
+    def step(out: Path, name: str, asked: dict[str, Any], progress: Any, again: bool) -> dict[str, Any]:
+        seen.append((out, name, {**asked, "again": True} if again else asked))
         return {"run": str(out)}
 
     fake = types.SimpleNamespace(compress=compress, step=step)
@@ -169,14 +168,9 @@ def test_steps_pass_only_what_was_asked_for(calls: list[Any]) -> None:
     ]
 
 
-def test_again_forgets_the_step(calls: list[Any], tmp_path: Path) -> None:
-    with Run.open(tmp_path / "run", CompressConfig("demo").to_dict(), {"id": "demo", "sha256": "0"}) as run:
-        run.do("score", "scores.json", lambda: 1)
-        run.do("search", "chosen.json", lambda: 1)
-    assert prunus_("search", tmp_path / "run", "--again").exit_code == 0
-    with Run.reopen(tmp_path / "run") as run:
-        assert run.done("scores.json")
-        assert not run.done("chosen.json")
+def test_again_reaches_the_step(calls: list[Any]) -> None:
+    assert prunus_("search", "runs/a", "--again").exit_code == 0
+    assert calls == [(Path("runs/a"), "search", {"again": True})]
 
 
 # ------------------------------------------------------------------------------------------------------------ answering

@@ -304,6 +304,29 @@ def test_a_finished_run_takes_no_second_kind_of_target(run: tuple[Path, dict[str
     assert (out / "manifest.json").read_text() == before
 
 
+def test_a_step_that_is_refused_deletes_nothing(run: tuple[Path, dict[str, Any]]) -> None:
+    """A share out of reach is not recorded, so that it does not stand in the way of the next command."""
+    out, _ = run
+    before = (out / "manifest.json").read_text()
+    for again in (False, True):
+        for changes in ({"keep": (0.8, 0.6, 0.001)}, {"front.objectives": ("kl", "bytes"), "front.least": 1e-6}):
+            with pytest.raises(UserError, match="out of reach"):
+                step(out, "search", changes, again=again)
+    assert (out / "manifest.json").read_text() == before
+    assert [found["name"] for found in step(out, "search", {})["chosen"]] == ["keep-0.8", "keep-0.6"]
+
+
+def test_the_table_of_another_request_does_not_judge_a_new_one(counted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    compress(budget(speedup="1.4", search__generations=0), out)
+    before = (out / "latency.json").read_text()
+    with pytest.raises(UserError, match=r"speedup-500: no network .* of prompt, 0 generated"):
+        step(out, "search", {"budget.speedup": (500,), "budget.generate": 0})
+    assert (out / "latency.json").read_text() == before
+    step(out, "search", {"budget.speedup": (1.3,), "budget.generate": 0})
+    assert json.loads((out / "latency.json").read_text())["request"]["generate"] == 0
+
+
 def test_the_default_shares_give_way_to_a_budget(counted: Path, tmp_path: Path) -> None:
     out, shares = tmp_path / "run", config(keep=KEEP)
     with Run.open(out, shares.to_dict(), asdict(loading.load(str(MODEL)).source)):

@@ -106,7 +106,7 @@ def work(directory, keep=(0.8,), again=False):
     config = CompressConfig("tiny", keep=keep).to_dict()
     with Run.open(directory, config, {{"id": "tiny", "sha256": "ab" * 32}}) as run:
         if again:
-            run.forget("search")
+            run.change("search", {{}}, again=True)
         run.do("calibrate", "tokens.json", lambda: list(range(100)))
         run.grow("search", "trials.journal").open("a").write("trial\\n")
         for k in keep:
@@ -398,8 +398,27 @@ def test_more_ratios_and_another_test_text_keep_what_they_can(tmp_path: Path) ->
         run.change("report", {"test_text": "a.txt"})
         assert run.done("models/keep80.json")
         assert not run.done("evaluation.json")
-        run.change("search", {"keep": (0.9, 0.7)})
+        run.change("search", {"keep": (0.9, 0.7)})  # none of those that go was ever searched
+        assert run.done("chosen.json")
+        run.do("search", "search/keep-0.7.json", lambda: 5)
+        run.change("search", {"keep": (0.9,)})
         assert not run.done("chosen.json")
+
+
+def test_a_change_that_is_not_admitted_changes_nothing(tmp_path: Path) -> None:
+    finished_run(tmp_path)
+    before = (tmp_path / "manifest.json").read_text()
+
+    def refuse() -> None:
+        raise UserError("out of reach")
+
+    with Run.reopen(tmp_path) as run:
+        for again in (False, True):
+            with pytest.raises(UserError, match="out of reach"):
+                run.change("search", {"search.generations": 50}, again=again, admit=refuse)
+        run.change("search", {}, admit=refuse)  # nothing is asked for
+        assert run.done("chosen.json")
+    assert (tmp_path / "manifest.json").read_text() == before
 
 
 def test_a_change_that_changes_nothing_keeps_everything(tmp_path: Path) -> None:
@@ -409,7 +428,7 @@ def test_a_change_that_changes_nothing_keeps_everything(tmp_path: Path) -> None:
         assert run.done("chosen.json")
         run.change("search", {"device": "cuda"})
         assert run.done("chosen.json")
-        run.forget("search")
+        run.change("search", {}, again=True)
         assert run.done("scores.json")
         assert not run.done("chosen.json")
 

@@ -113,6 +113,12 @@ def fingerprint(path: Path) -> Files:
     return out
 
 
+def digest(files: Files) -> str:
+    """One SHA-256 for all files of a directory."""
+    text = json.dumps({name: one["sha256"] for name, one in files.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def matches(path: Path, files: Files) -> bool:
     """True if every recorded file is there as it was written; further files in a directory do not matter."""
     whole = [path / name if name else path for name in files]

@@ -8,7 +8,6 @@ the file and the record agree, so a stop between any two of these leaves a direc
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from prunus.config import STEPS, defaults, difference, flatten, nest, to_yaml
 from prunus.errors import UserError
 from prunus.machine import Meter, environment, reset_peak
 from prunus.recording import changes
-from prunus.recording.artefact import FORMATS, fingerprint, flush, matches, place, remove, write_text, writing
+from prunus.recording.artefact import FORMATS, digest, fingerprint, flush, matches, place, remove, write_text, writing
 from prunus.recording.lock import acquire
 from prunus.targets import Target
 
@@ -186,17 +185,17 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *stopped: object) -> None:
         """Close it; a run that was refused before anything came of it leaves no directory behind."""
-        nothing = not self.manifest["artefacts"] and not self.manifest["growing"]
-        refused = nothing and kind is not None and issubclass(kind, UserError)
-        if refused and self._made is not None:
-            for file in ("manifest.json", "config.yaml"):
-                remove(self.directory / file)
+        something = self.manifest["artefacts"] or self.manifest["growing"]
+        if something or self._made is None or kind is None or not issubclass(kind, UserError):
+            self.close()
+            return
+        for file in ("manifest.json", "config.yaml"):
+            remove(self.directory / file)
         self.close()
-        if refused and self._made is not None:
-            remove(self.directory / ".prunus")
-            with contextlib.suppress(OSError):  # somebody put a file there meanwhile
-                for path in self._made:
-                    path.rmdir()
+        remove(self.directory / ".prunus")
+        with contextlib.suppress(OSError):  # somebody put a file there meanwhile
+            for path in self._made:
+                path.rmdir()
 
     # --------------------------------------------------------------------------------------------------- the record
 
@@ -219,7 +218,7 @@ class Run:
     def sha256(self, file: str) -> str:
         """Hash of a finished artefact; of a directory, the hash of its files' hashes."""
         files = self.manifest["artefacts"][file]["files"]
-        return str(files[""]["sha256"]) if "" in files else _digest(files)
+        return str(files[""]["sha256"]) if "" in files else digest(files)
 
     def note(self, key: str, value: Any) -> None:
         """Write down a fact of the run (plain data), such as the hash of its tokens."""
@@ -330,27 +329,30 @@ class Run:
         self.path(file).parent.mkdir(parents=True, exist_ok=True)
         return self.path(file)
 
-    def forget(self, step: str) -> None:
-        """Let a step and all later ones be done again; their artefacts are deleted."""
-        self._take(self.config, first=step)
-
-    def change(self, step: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    def change(
+        self, step: str, overrides: Mapping[str, Any], *, again: bool = False, admit: Callable[[], None] = lambda: None
+    ) -> dict[str, Any]:
         """Give settings (dotted keys) new values for a step and all later ones, whose artefacts are deleted.
 
+        again: delete them whatever the values. admit: called before anything is recorded or deleted; may refuse.
         Returns the new configuration. Raises UserError for a setting that an earlier step has already used.
         """
-        flat = flatten(self.config)
+        flat, own = flatten(self.config), changes.FIRST.get(step, step)
         wanted = {key: value for key, value in flatten(_plain(overrides)).items() if value != flat.get(key)}
-        used = self.steps[: self.steps.index(changes.FIRST.get(step, step))]
+        used = self.steps[: self.steps.index(own)]
         for key in wanted:
             if (where := changes.step_of(key, self.steps)) in used:
                 raise UserError(
                     f"{key} is {changes.show(flat, key)} in this run, and its step {where!r} comes before {step!r}; "
                     f"start another run, or {changes.advice(self.directory, wanted, [key])}"
                 )
-        if wanted:
+        if wanted or again:
+            admit()
             new = {**flat, **wanted}
-            self._take(nest(new), first=changes.first_touched(self.steps, flat, new, list(wanted)))
+            old = {**flat, **self._searched(flat, new)}
+            differing = [key for key in wanted if old.get(key) != new[key]]
+            touched = changes.first_touched(self.steps, old, new, differing)
+            self._take(nest(new), first=min(filter(None, (touched, again and own)), key=self.steps.index, default=None))
         return self.config
 
     def require_space(self, n_bytes: int, what: str) -> None:
@@ -489,11 +491,6 @@ def _describe(source: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> Any:
     """Plain data as JSON gives it back."""
     return json.loads(json.dumps(value))
-
-
-def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
-    text = json.dumps({name: one["sha256"] for name, one in files.items()}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _now() -> str:

@@ -38,10 +38,13 @@ WATCHED = (1.0, 0.5, 0.0)  # how far up its pool the networks stand that are wat
 log = logging.getLogger(__name__)
 
 
-def check(s: Session) -> None:
-    """Raise UserError for what the training cannot do, before any long work; nothing where it is done already."""
+def check(s: Session, anew: bool = False) -> None:
+    """Raise UserError for what the training cannot do, before any long work; nothing where it is done already.
+
+    anew: it will be done again.
+    """
     c = s.config.train
-    if s.run.done("supernet"):
+    if s.run.done("supernet") and not anew:
         return
     if not c.sort:
         raise UserError(
