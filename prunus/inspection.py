@@ -76,8 +76,8 @@ def inspect_latency(
 ) -> dict[str, Any]:
     """The table of a model on this device, measured or from the cache: its facts, and a row for every width.
 
-    picture: where the stairs are drawn, without the suffix. Raises UserError where the model cannot be loaded, has no
-    table of a family, or does not fit.
+    picture: where the stairs are drawn, with or without the suffix. Raises UserError where the model cannot be loaded,
+    has no table of a family, or does not fit.
     """
     budget = config.budget
     loaded = load_configured(config)
@@ -85,7 +85,7 @@ def inspect_latency(
     family = family_of(model.config)
     request = runtimes.request_of(budget)
     table = runtimes.measure(model, family, budget, step=step, again=again, progress=progress)
-    drawn = [str(path) for path in pictures.save(pictures.staircase(table), Path(picture))] if picture else []
+    drawn = [str(path) for path in pictures.save(pictures.staircase(table), _stem(picture))] if picture else []
     whole, key = full(model.config), table.key
     return {
         "model": config.model,
@@ -103,6 +103,12 @@ def inspect_latency(
         **({"picture": drawn[0]} if drawn else {}),
         "widths": _rows(table, whole),
     }
+
+
+def _stem(picture: str) -> Path:
+    """Where a picture goes, without the suffix of either of its two files."""
+    path = Path(picture)
+    return path.with_suffix("") if path.suffix in (".png", ".svg") else path
 
 
 def _rows(table: Timetable, whole: SubNetwork) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from prunus import choosing, describe, finishing, fronts, steps
 from prunus.baselines import rivals
-from prunus.config import STEPS, CompressConfig
+from prunus.config import STEPS, CompressConfig, settings
 from prunus.errors import UserError
 from prunus.models import checkpoint, loading
 from prunus.models.families import family_of
@@ -127,6 +127,8 @@ def _refuse_mixed(keep: float | None, point: int | None, keep_of: str | None, re
         raise UserError(f"a pick is a share (--keep X) or a point of the run's front (--point N); given {given}")
     if point is not None and keep_of is not None:
         raise UserError(f"keep_of says what a share is of, given {keep_of} with point {point}; leave it out")
+    if keep is not None:
+        settings()["keep"].parse(keep)  # refuses 70, naming .7
     if refit < 0:
         raise UserError(f"refit is a number of windows, 0 or more; given {refit}")
 
@@ -150,9 +152,9 @@ def _asked(config: CompressConfig, keep_of: str | None, model: str | None, devic
 
 def _require(record: Run) -> None:
     """Refuse a run that has not come to its error curves, naming the command that brings it there."""
-    settings, trained = record.config["reform"], bool(record.config["train"]["data"])
-    unused = {"sensitivity.json"} if not settings["sensitivity"] else set()
-    unused |= {file for file in STANDS_ON if "fisher" in file and not settings["fisher"]}
+    reform, trained = record.config["reform"], bool(record.config["train"]["data"])
+    unused = {"sensitivity.json"} if not reform["sensitivity"] else set()
+    unused |= {file for file in STANDS_ON if "fisher" in file and not reform["fisher"]}
     unused |= {file for file, verb in STANDS_ON.items() if verb == "train" and not trained}
     for file, verb in STANDS_ON.items():
         if file not in unused and not record.done(file):

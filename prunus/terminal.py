@@ -280,7 +280,8 @@ def pairs(facts: Mapping[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(key.removesuffix("_bytes").replace("_", " "), _value(key, value))
+        name = "size" if key == "file_bytes" else key.removesuffix("_bytes").replace("_", " ")
+        table.add_row(name, _value(key, value))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,10 @@ def test_every_unusable_model_gets_its_own_sentence(source: Path, tmp_path: Path
     refused("there is no model at", "")
     refused("hub cannot be reached.*HF_HUB_OFFLINE", "prunus-test/does-not-exist")
     refused("no config.json", tmp_path)
+    network = tmp_path / "run" / "models" / "keep-0.8"
+    network.mkdir(parents=True)
+    shutil.copy(config, network)
+    refused(f"no config.json.*It is a run, whose networks are {network}", tmp_path / "run")
     refused("not a GGUF file", config)
     refused("unknown dtype 'int3'", dtype="int3")
     refused("device 'abacus' cannot be used", device="abacus")

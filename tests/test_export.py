@@ -325,10 +325,20 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a directory"):
         export(where, out=tmp_path)
     taken = tmp_path / "taken.gguf"
-    taken.write_text("precious")
+    taken.write_text("GGUF of before")
     with pytest.raises(UserError, match="--overwrite"):
         export(where, out=taken)
-    assert taken.read_text() == "precious"
+    assert taken.read_text() == "GGUF of before"
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="is no GGUF file, so no export wrote it"):
+        export(where, out=tmp_path / "mine.txt", overwrite=True)
+    with pytest.raises(UserError, match="is a directory"):
+        export(where, out=f"{tmp_path}/folder/")
+    with pytest.raises(UserError, match="is no GGUF file; --tokenizer takes"):
+        export(where, tokenizer=str(tmp_path / "mine.txt"))
+    with pytest.raises(UserError, match="is the checkpoint itself"):
+        export(str(taken), out=taken, overwrite=True)
+    assert (tmp_path / "mine.txt").read_text() == "precious"
     assert export(where, out=taken, overwrite=True, quant="f32")["file_bytes"] == taken.stat().st_size > 8
 
 
@@ -349,7 +359,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_what_stood_there_survives_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = tmp_path / "model-f32.gguf"
-    old.write_text("old")
+    old.write_text("GGUF, old")
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -357,7 +367,7 @@ def test_what_stood_there_survives_a_failure(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "write", full)
     with pytest.raises(UserError, match="the disk is full"):
         exported(tiny("llama"), tmp_path, overwrite=True)
-    assert old.read_text() == "old"
+    assert old.read_text() == "GGUF, old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model-f32.gguf"]
 
 

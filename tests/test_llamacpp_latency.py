@@ -101,7 +101,9 @@ def test_what_the_command_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(llamacpp_latency, "ROUNDS", 1)
     budget = BudgetConfig(runtime="llama.cpp", quant="f16", prompt=16, batch=1, generate=4)
     where = checkpoint(tiny("llama"), tmp_path)
-    found = inspect_latency(CompressConfig(model=where, budget=budget), step=40)
+    stairs = tmp_path / "stairs.png"
+    found = inspect_latency(CompressConfig(model=where, budget=budget), step=40, picture=str(stairs))
+    assert stairs.is_file() and stairs.with_suffix(".svg").is_file()
     assert found["runtime"] == "llama.cpp" and found["dtype"] == "f16"
     assert found["dense_request_ms"] > 0 and len(found["widths"]) == 4 * 2 + 2
 

@@ -158,7 +158,8 @@ def test_beyond_the_ends_of_the_front(run: Path) -> None:
     ("keep", "sentence"),
     [
         (0.0005, "out of reach"),
-        (1.5, "out of reach"),
+        (70.0, r"keep lies in \(0, 1\]; given 70; for 70 per cent write 0.7"),
+        (float("nan"), r"keep lies in \(0, 1\]"),
         (0.8, "has a network of that share.*models/keep-0.8"),
     ],
 )

@@ -16,7 +16,7 @@ from prunus.exporting.agreement import N_TOKENS, TEXT, agreement, divergence, lo
 from prunus.exporting.architectures import Architecture, Shapes, carrier, shapes_of
 from prunus.exporting.gguf_file import check, context_length, describe, stored, window, write
 from prunus.exporting.gguf_tensors import KMIX, QUANTS, SUPERBLOCK, Planned, n_bytes, plan, round_weights, take_back
-from prunus.exporting.gguf_vocabulary import copy_vocabulary, vocabulary, write_vocabulary
+from prunus.exporting.gguf_vocabulary import copy_vocabulary, is_gguf, vocabulary, write_vocabulary
 from prunus.models.checkpoint import MANIFEST, verify
 from prunus.models.loading import Loaded, load
 from prunus.progress import Progress, silent
@@ -183,14 +183,16 @@ def _target(checkpoint: str, format: str, quant: str | None, out: str | Path | N
         name = source.resolve().name if source.is_dir() else source.stem
         out = beside / (f"{name}-{quant or 'f16'}.gguf" if gguf else f"{name}-{format}")
     target = Path(out).expanduser().absolute()
-    if gguf and target.is_dir():
+    if gguf and (target.is_dir() or str(out).endswith(("/", os.sep))):
         raise UserError(f"{str(out)!r} is a directory; --out takes the name of a file")
     if not gguf and target.is_file():
         raise UserError(f"{str(out)!r} is a file; --format {format} writes a directory")
-    if not gguf and target == Path(checkpoint).expanduser().absolute():
+    if target == Path(checkpoint).expanduser().absolute():
         raise UserError(f"{str(out)!r} is the checkpoint itself; give another --out")
     if target.exists() and not overwrite and (gguf or any(target.iterdir())):
         raise UserError(f"{str(out)!r} exists; give --overwrite to replace it, or another --out")
+    if gguf and target.exists() and not is_gguf(target):
+        raise UserError(f"{str(out)!r} is no GGUF file, so no export wrote it; choose another --out")
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     return target

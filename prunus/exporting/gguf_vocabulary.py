@@ -210,6 +210,12 @@ def write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
+def is_gguf(path: Path) -> bool:
+    """True if a file begins as GGUF files do."""
+    with path.open("rb") as stream:
+        return stream.read(4) == b"GGUF"
+
+
 def copy_vocabulary(writer: Any, path: Path, n_tokens: int) -> str:
     """Add the vocabulary of another GGUF file as it stands there, and return its pre-tokenizer's name.
 
@@ -217,6 +223,8 @@ def copy_vocabulary(writer: Any, path: Path, n_tokens: int) -> str:
     """
     import gguf
 
+    if path.is_file() and not is_gguf(path):
+        raise UserError(f"{str(path)!r} is no GGUF file; --tokenizer takes the tokenizer of one")
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: one for name, one in reader.fields.items() if name.startswith("tokenizer.")}

@@ -136,6 +136,8 @@ def _find(model_id: str, revision: str | None) -> _Place:
         if not (path / "config.json").is_file():
             files = sorted(path.glob("*.gguf"))
             hint = f"; did you mean the file {str(files[0])!r}?" if files else ""
+            if networks := sorted(str(one.parent) for one in path.glob("models/*/config.json")):
+                hint = f". It is a run, whose networks are {', '.join(networks)}"
             raise UserError(f"the directory {model_id!r} has no config.json, so it is no Hugging Face model{hint}")
         return _Place(str(path.resolve()), "directory", str(path), {})
     if not _HUB_ID.fullmatch(model_id) or model_id.endswith(".gguf"):
