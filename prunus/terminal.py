@@ -8,16 +8,19 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from prunus.progress import BarProgress, LineProgress, Progress, silent
 from prunus.recording.artefact import write_text
 
+LABEL = 30  # columns for the names of figures, where networks stand beside each other
 PIPE_WIDTH = 160  # of tables in files and pipes, where there is no terminal to ask
 
 
@@ -110,7 +113,7 @@ def _finite(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------------- results
 
 
-def rendered(result: Mapping[str, Any]) -> Iterator[Table | Text]:
+def rendered(result: Mapping[str, Any]) -> Iterator[Table | Text | Figures]:
     """A table of networks where there are some; else `name value` lines, then tables of what has rows."""
     if "chosen" in result:
         yield networks([*([result["dense"]] if "dense" in result else []), *result["chosen"]])
@@ -146,7 +149,7 @@ def _is_fact(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def evaluation(found: Mapping[str, Any]) -> Table:
+def evaluation(found: Mapping[str, Any]) -> Figures:
     """The figures of one checkpoint, below those of the model that it was held against."""
     against, speed = found.get("against"), found.get("speed") or {}
     text = f"perplexity\n{Path(found['text']).name}, {found['chunks']} x {found['length']} tokens"
@@ -204,10 +207,8 @@ def _objective(axis: str, value: float, error: float | None) -> str:
 Cell = Callable[[Mapping[str, Any]], str]
 
 
-def networks(found: Sequence[Mapping[str, Any]]) -> Table:
+def networks(found: Sequence[Mapping[str, Any]]) -> Figures:
     """Dense and compressed networks beside each other; what was not measured is a dash, or has no column."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("network")
     axes = list(dict.fromkeys(axis for n in found for axis in n.get("in_front", {})))
     texts = list(dict.fromkeys(text for n in found for text in n.get("perplexity", {})))
     columns: list[tuple[str, Cell]] = [
@@ -229,11 +230,43 @@ def networks(found: Sequence[Mapping[str, Any]]) -> Table:
         ("decode", lambda n: _times(n.get("decode_speedup"))),
     ]
     measured = [(title, cell) for title, cell in columns if any(cell(n) != "–" for n in found)]
-    for title, _ in measured:
-        table.add_column(title, justify="right")
-    for n in found:
-        table.add_row(str(n["name"]), *(cell(n) for _, cell in measured))
-    return table
+    rows = [[str(n["name"]), *(cell(n) for _, cell in measured)] for n in found]
+    return Figures(["network", *(title for title, _ in measured)], rows)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A row for each network; where that is too wide for the terminal, a column for each, in as many tables as needed.
+
+    Nothing is cut off: a name or a figure of which a part is missing is worth nothing.
+    """
+
+    titles: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        upright = self._table(self.titles, self.rows)
+        unbounded = options.update(max_width=10_000)
+        if Measurement.get(console, unbounded, upright).maximum <= options.max_width:
+            yield upright
+            return
+        heads = [title.replace("\n", ", ") for title in self.titles]
+        column = 2 + max(len(cell) for row in self.rows for cell in row)
+        label = min(max(map(len, heads)), LABEL)
+        some = max(1, (options.max_width - label) // column)
+        for first in range(0, len(self.rows), some):
+            lying = list(zip(heads, *self.rows[first : first + some], strict=True))
+            yield Text() if first else Text(end="")
+            yield self._table(lying[0], lying[1:], label)
+
+    def _table(self, head: Sequence[str], body: Sequence[Sequence[str]], label: int | None = None) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for n, title in enumerate(head):
+            side: Literal["left", "right"] = "right" if n else "left"
+            table.add_column(title, justify=side, no_wrap=n > 0, overflow="fold", max_width=None if n else label)
+        for row in body:
+            table.add_row(*row)
+        return table
 
 
 def _in_front(axis: str) -> Cell:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 import prunus
 from prunus import cli, config
@@ -22,6 +24,7 @@ from prunus.flags import Flag
 from prunus.progress import LineProgress, silent
 from prunus.recording import changes
 from prunus.setting import ANYWHERE
+from prunus.terminal import networks
 
 NETWORK = {"kept_blocks": 0.8, "kept_all": 0.84, "parameters": 113_000_000, "n_bytes": 226_000_000}
 RESULT = {
@@ -203,6 +206,26 @@ def test_progress_outside_a_terminal_is_a_line_for_each_piece(capsys: pytest.Cap
             outer(1)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" in ")[0] for line in lines] == ["  generation: 7", "  generation: 7", "search: 2"]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 160])
+def test_a_table_of_networks_cuts_nothing_off_in_any_width(width: int) -> None:
+    """Networks become columns, in as many tables as it takes, where their figures have no room beside each other."""
+    text = "wiki.test.raw, 5 chunks of 2048 tokens"
+    found = [
+        {**NETWORK, "name": f"keep-0.{k}", "kl_nats": 0.1 * k, "kl_se": 0.01, "perplexity": {text: 20.0 + k}}
+        for k in range(9, 2, -1)
+    ]
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(networks(found))
+    page = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, page.splitlines())) <= width
+    assert "…" not in page
+    words = page.split()
+    for one in found:
+        assert words.count(one["name"]) == 1
+        assert f"{one['kl_nats']:.4g} ± 0.01" in page and f"{one['perplexity'][text]:.4g}" in words
+    assert (page.count("kept of blocks") == 1) is (width >= 120)
 
 
 # --------------------------------------------------------------------------------------------------------- going wrong
