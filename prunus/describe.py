@@ -144,10 +144,11 @@ def card(s: Session, name: str, found: Network, dense: Network, license_name: st
             rows.append((far + how, "0", f"{nats:.4f}"))
     for text, value in found.get("perplexity", {}).items():
         rows.append((f"perplexity ({text})", f"{dense['perplexity'][text]:.2f}", f"{value:.2f}"))
-    for axis, (value, _) in found.get("in_front", {}).items():
-        how = ", with one-shot weights" if axis in MEASURED else ""
-        shown = (f"{x:,.0f}" if x.is_integer() else f"{x:.4f}" for x in map(float, (dense["in_front"][axis][0], value)))
-        rows.append((f"{TITLES[axis]}, in the front{how}", *shown))
+    for axis, title in TITLES.items():
+        if axis in found.get("in_front", {}):
+            how = ", with one-shot weights" if axis in MEASURED else ""
+            whole, own = (float(one["in_front"][axis][0]) for one in (dense, found))
+            rows.append((f"{title}, in the front{how}", _exact(whole), _exact(own)))
     speed = [("prefill", found.get("prefill_speedup")), ("decoding", found.get("decode_speedup"))]
     rows += [(f"{what}, speed on the machine that made it", "1.00 x", f"{v:.2f} x") for what, v in speed if v]
     table = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in rows)
@@ -182,6 +183,10 @@ tokenizer = AutoTokenizer.from_pretrained("PATH"{extra})
 
 {why} The licence is that of the original model.
 """
+
+
+def _exact(value: float) -> str:
+    return f"{value:,.0f}" if value.is_integer() else f"{value:.4f}"
 
 
 def _tier(s: Session) -> str:

@@ -352,7 +352,8 @@ class Run:
             old = {**flat, **self._searched(flat, new)}
             differing = [key for key in wanted if old.get(key) != new[key]]
             touched = changes.first_touched(self.steps, old, new, differing)
-            self._take(nest(new), first=min(filter(None, (touched, again and own)), key=self.steps.index, default=None))
+            first = [step for step in (touched, own if again else None) if step]
+            self._take(nest(new), first=min(first, key=self.steps.index, default=None))
         return self.config
 
     def require_space(self, n_bytes: int, what: str) -> None:
