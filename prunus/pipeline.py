@@ -51,14 +51,13 @@ def step(
     loaded: list[loading.Loaded] = []
     with Run.reopen(out) as run:
 
-        def admit() -> None:
+        def admit(run: Run) -> None:
             if config.method == rivals.OURS:
                 loaded.append(_load(config))
                 run.refuse_other(asdict(loaded[0].source), "choose another --out")
                 shapes = [key for key in asked if key.startswith("budget.") and key not in TARGETS]
                 s = _session(run, config, loaded[0], progress)
-                steps.check_request(s, own_table=run.done("latency.json") and not shapes)
-                _check(s, anew=name in ("score", "train") and (again or bool(asked)))
+                _check(s, own_table=run.done("latency.json") and not shapes, anew=name in ("score", "train"))
 
         raw = run.change(name, asked, again=again, admit=admit)
     return _run(CompressConfig.from_dict(raw), Path(out), name, progress, *loaded)
@@ -74,8 +73,9 @@ def _session(run: Run, config: CompressConfig, loaded: loading.Loaded, progress:
     return Session(run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
 
 
-def _check(s: Session, anew: bool = False) -> None:
-    """Raise UserError for a front or a training that cannot be done, before any long work."""
+def _check(s: Session, own_table: bool = True, anew: bool = False) -> None:
+    """Raise UserError for what cannot be done, before any long work; anew: the training is done again."""
+    steps.check_request(s, own_table)
     fronts.check(s)
     if s.config.train.data:
         supernet.check(s, anew)
@@ -86,10 +86,13 @@ def _run(
 ) -> dict[str, Any]:
     if config.method != rivals.OURS:
         return rivals.compress(config, out, progress)
-    loaded = loaded or _load(config)
-    with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:
-        s = _session(run, config, loaded, progress)
-        steps.check_request(s)
+    model = loaded or _load(config)
+
+    def admit(run: Run) -> None:
+        _check(_session(run, config, model, progress), own_table=run.done("latency.json"))
+
+    with Run.open(out, config.to_dict(), asdict(model.source), admit=admit) as run:
+        s = _session(run, config, model, progress)
         _check(s)
         ids, holdout = steps.calibrate(s)
         orders = steps.score(s, ids)

@@ -241,7 +241,7 @@ def test_a_table_of_networks_cuts_nothing_off_in_any_width(width: int) -> None:
         (["compress", "demo", "--out", "r", "--config", "absent.yaml"], "no configuration file 'absent.yaml'"),
         (["compress", "--out", "r"], "no model was named"),
         (["evaluate", "demo"], "give --text FILE"),
-        (["latency", "demo", "--runtime", "vllm"], "budget.runtime is one of torch, llama.cpp"),
+        (["latency", "demo", "--runtime", "vllm"], "budget.runtime is one of torch, torch.compile, llama.cpp"),
         (["compress", "demo", "--out", "r", "--speedup", "2", "--keep", "0.7"], "a run has one kind of target"),
         (["evaluate", "demo", "--text", "absent.txt"], "no text file 'absent.txt'"),
         (["search", "absent", "--generations", "-1"], "search.generations lies in [0, inf)"),

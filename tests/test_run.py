@@ -409,7 +409,7 @@ def test_a_change_that_is_not_admitted_changes_nothing(tmp_path: Path) -> None:
     finished_run(tmp_path)
     before = (tmp_path / "manifest.json").read_text()
 
-    def refuse() -> None:
+    def refuse(run: Run) -> None:
         raise UserError("out of reach")
 
     with Run.reopen(tmp_path) as run:

@@ -30,7 +30,7 @@ from prunus.recording.lock import acquire
 from prunus.targets import Target
 
 T = TypeVar("T")
-Save = Callable[[Any, Path], None]
+Admit = Callable[["Run"], None]  # may refuse, before anything is recorded or deleted
 FORMAT = 1  # of manifest.json; a later, incompatible one counts up
 HEADER = "What this run was asked for, with every default. A record: it is written from manifest.json, not read."
 log = logging.getLogger(__name__)
@@ -57,12 +57,13 @@ class Run:
         source: Mapping[str, Any],
         *,
         steps: Sequence[str] = STEPS,
+        admit: Admit = lambda _: None,
     ) -> Run:
         """Creates a run, or opens the one that is there if it has the same configuration and model.
 
         config: nested plain data (`CompressConfig.to_dict()`); source: what identifies the model, its `sha256` first.
         Settings that only say where to compute may differ, and settings may be added to (more keep ratios, a test text
-        where there was none): the steps that these touch are done again, the others are kept.
+        where there was none): the steps that these touch are done again, the others are kept. admit: may refuse them.
         Raises UserError, with nothing changed, for another model, another configuration (naming the keys), a directory
         that holds foreign files, and a run that another process is working on.
         """
@@ -71,7 +72,7 @@ class Run:
             return cls._create(directory, config, source, steps)
         run = cls.reopen(directory, steps=steps)
         try:
-            run._admit(config, source)
+            run._admit(config, source, admit)
         except BaseException:
             run.close()
             raise
@@ -126,7 +127,7 @@ class Run:
         run._write_config()
         return run
 
-    def _admit(self, config: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+    def _admit(self, config: Mapping[str, Any], source: Mapping[str, Any], admit: Admit) -> None:
         """Refuse what differs; take over what may differ."""
         self.refuse_other(source, "choose another --out")
         new = _plain(config)
@@ -151,6 +152,7 @@ class Run:
         done = sum(not entry.get("stale") for entry in self.manifest["artefacts"].values())
         log.info("%s is there already: going on with it, %d files and folders are done", self.directory, done)
         if difference(self.config, new):
+            admit(self)
             self._take(new, first=changes.first_touched(self.steps, old_values, new_values, differing))
 
     def _searched(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -330,7 +332,7 @@ class Run:
         return self.path(file)
 
     def change(
-        self, step: str, overrides: Mapping[str, Any], *, again: bool = False, admit: Callable[[], None] = lambda: None
+        self, step: str, overrides: Mapping[str, Any], *, again: bool = False, admit: Admit = lambda _: None
     ) -> dict[str, Any]:
         """Give settings (dotted keys) new values for a step and all later ones, whose artefacts are deleted.
 
@@ -347,7 +349,7 @@ class Run:
                     f"start another run, or {changes.advice(self.directory, wanted, [key])}"
                 )
         if wanted or again:
-            admit()
+            admit(self)
             new = {**flat, **wanted}
             old = {**flat, **self._searched(flat, new)}
             differing = [key for key in wanted if old.get(key) != new[key]]
