@@ -21,6 +21,7 @@ from prunus.terminal import Terminal, calm_libraries
 if TYPE_CHECKING:
     from prunus.texts.calibration import Join
 
+REQUEST = tuple(key for key, one in settings().items() if key.startswith("budget.") and one.flag)
 RESUMABLE = ("compress", "pick", "bench", "recover", "score", "train", "reform", "search", "extract", "report")
 
 
@@ -300,7 +301,7 @@ def recover(checkpoint: str, teacher: str | None, out: str, **parameters: Any) -
     terminal.result({key: value for key, value in found.items() if key != "history"}, parameters["json"])
 
 
-@flags("keep_of", common=("device",), of_run=True, files=False)
+@flags("keep_of", *REQUEST, common=("device",), of_run=True, files=False)
 @app.command(cls=Verb, short_help="One more checkpoint of a run: any budget, any point of a front.")
 @click.argument("run")
 @click.option("--keep", metavar="X", type=float, multiple=True, help="the share to keep")
@@ -310,12 +311,19 @@ def recover(checkpoint: str, teacher: str | None, out: str, **parameters: Any) -
 )
 @click.option("--measure", is_flag=True, help="also measure it: divergence, speed, perplexity where the run has a text")
 @click.option(
-    "--out", metavar="CHECKPOINT", help="where it goes; by default into RUN/models, as pick-X or pick-point-N"
+    "--out",
+    metavar="CHECKPOINT",
+    help="where it goes; by default into RUN/models, as pick-X, pick-speedup-X or pick-point-N",
 )
 @click.option("--model", metavar="MODEL", help="the run's model, if it has moved")
 def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> None:
-    """One more checkpoint of RUN, for any other budget or of a point of its front: in seconds, without a search."""
+    """One more checkpoint of RUN, for any other budget or of a point of its front: in seconds, without a search.
+
+    One of --keep, --speedup, --latency-ms, --tokens-per-second, --memory-mb, --point. A time is that of the run's
+    request, unless --prompt and the like say otherwise; the table of another request is measured first, in minutes.
+    """
     asked = overrides(None, given({**parameters, "keep": None, "model": None}))
+    budget = {key.removeprefix("budget."): asked.pop(key) for key in REQUEST if key in asked}
     terminal = Terminal(parameters["quiet"])
     if len(keep) > 1:
         raise UserError(f"one pick at a time, given {len(keep)} shares; give one --keep")
@@ -326,6 +334,7 @@ def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> No
         run,
         keep[0] if keep else None,
         refit=refit,
+        budget=budget,
         progress=terminal.progress(),
         **asked,
         **{name: parameters[name] for name in ("point", "measure", "out", "model")},

@@ -7,7 +7,7 @@ has finished tell what the weights and the divergence will be.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -29,8 +29,10 @@ from prunus.reforming import neighbours, sensitivity, sequential
 from prunus.searching.options import MEASURED
 from prunus.steps import MICRO, Prepared, Session
 from prunus.subnetwork import SubNetwork
-from prunus.targets import LIMITS
+from prunus.targets import LIMITS, TIMES
+from prunus.timing import runtimes
 from prunus.timing.forecast import forecast
+from prunus.timing.timetable import Timetable
 from prunus.training import supernet
 
 STEP = "pick"  # picks belong to nobody's step: no change of the run makes them stale
@@ -75,6 +77,7 @@ def pick(
     keep: float | None = None,
     *,
     point: int | None = None,
+    budget: Mapping[str, Any] | None = None,
     keep_of: str | None = None,
     refit: int = 0,
     measure: bool = False,
@@ -85,17 +88,22 @@ def pick(
 ) -> dict[str, Any]:
     """One more checkpoint of a run, and how good it is predicted to be; "picked" is its path.
 
-    keep: the share to keep; keep_of: of `blocks` or `all` parameters (default: what the run counts). point: in the
-    place of a share, the number of a point of the run's front. measure: also measure it. refit: windows of a sequential
-    pass, minutes, kept where held-out windows are the better for it. out: where the checkpoint goes; by default into
-    the run, as `models/pick-KEEP` or `models/pick-point-N`, and into its record. model: where the run's model is now,
-    if it was moved. The run's own artefacts stay as they are.
+    keep: the share to keep; keep_of: of `blocks` or `all` parameters (default: what the run counts). In the place of
+    a share: point, the number of a point of the run's front; or budget, one limit of `BudgetConfig` (speedup,
+    latency_ms, tokens_per_second, memory_mb) with what it changes of the run's request (prompt, batch, generate,
+    runtime, quant, context), as in {"latency_ms": 40, "prompt": 256}. A time of another request than the run's is
+    measured on this device first, unless the cache has its table. measure: also measure it. refit: windows of a
+    sequential pass, minutes, kept where held-out windows are the better for it. out: where the checkpoint goes; by
+    default into the run, as `models/pick-KEEP`, `models/pick-latency-40ms` and the like or `models/pick-point-N`, and
+    into its record. model: where the run's model is now, if it was moved. The run's own artefacts stay as they are.
     Raises UserError for a run that has not come to its error curves (or has no front, or no such point of it), a share
-    out of reach, a name that is taken by a pick of other settings, and another model than the run's.
+    or budget out of reach, a name that is taken by a pick of other settings, and another model than the run's.
     """
-    _refuse_mixed(keep, point, keep_of, refit)
-    own = _counting(CompressConfig.from_dict(read_manifest(run)["config"]))
-    config = _asked(own, keep_of, model, device)
+    _refuse_mixed(keep, point, budget, keep_of, refit)
+    whole_config = CompressConfig.from_dict(read_manifest(run)["config"])
+    own = _counting(whole_config)
+    config = _limited(whole_config, budget) if budget else own
+    config = _asked(config, keep_of, model, device)
     rivals.refuse_step(own, "pick")
     if refit and own.reform.method == "none":
         raise UserError("refit is a pass of reformation, and reform.method is none in this run; leave --refit out")
@@ -106,31 +114,75 @@ def pick(
         record.refuse_other(asdict(loaded.source), "name the model that it was made from with --model")
         family = family_of(loaded.model.config)
         s = Session(record, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
-        if record.done("latency.json"):
-            s.timetable = steps.timetable_of(s)
+        s.timetable = _table(s, whole_config)
         ids, holdout = steps.calibrate(s)
         orders = steps.score(s, ids)
         if config.train.data:
             orders = supernet.train(s, ids, orders)  # loads it: it is done, or _require had refused
         p = steps.reform_levels(s, ids, holdout, orders)
-        if keep is None:
+        if budget:
+            wanted = _of_budget(s, p, whole_config)
+        elif keep is None:
             wanted = _of_point(s, p, row)
         else:
             wanted = _of_share(s, p, keep, "" if config.constraint == own.constraint else f"-of-{config.keep_of}")
         return _picked(s, p, ids, wanted, min(refit, len(ids)), measure, None if out is None else Path(out))
 
 
-def _refuse_mixed(keep: float | None, point: int | None, keep_of: str | None, refit: int) -> None:
+def _refuse_mixed(
+    keep: float | None, point: int | None, budget: Mapping[str, Any] | None, keep_of: str | None, refit: int
+) -> None:
     """Refuse what does not fit together, before anything is read."""
-    if (keep is None) == (point is None):
-        given = "neither" if keep is None else f"keep {keep:g} and point {point}"
-        raise UserError(f"a pick is a share (--keep X) or a point of the run's front (--point N); given {given}")
-    if point is not None and keep_of is not None:
-        raise UserError(f"keep_of says what a share is of, given {keep_of} with point {point}; leave it out")
+    limits = [kind for kind in LIMITS if (budget or {}).get(kind) not in (None, (), [])]
+    if budget and not limits:
+        known = ", ".join("--" + kind.replace("_", "-") for kind in LIMITS)
+        raise UserError(
+            f"{next(iter(budget))} says what a budget is counted for, and no budget was given; add one of {known}"
+        )
+    given = [] if keep is None else [f"keep {keep:g}"]
+    given += ([] if point is None else [f"point {point}"]) + limits
+    if len(given) != 1:
+        raise UserError(
+            "a pick is one share (--keep X), one budget (--latency-ms X and the like) or one point of the run's front "
+            f"(--point N); given {' and '.join(given) or 'none of them'}"
+        )
+    if keep is None and keep_of is not None:
+        raise UserError(f"keep_of says what a share is of, given {keep_of} with {given[0]}; leave it out")
     if keep is not None:
         settings()["keep"].parse(keep)  # refuses 70, naming .7
     if refit < 0:
         raise UserError(f"refit is a number of windows, 0 or more; given {refit}")
+
+
+def _limited(config: CompressConfig, budget: Mapping[str, Any]) -> CompressConfig:
+    """A run's configuration with one other budget as its only target; what the budget leaves out is as in the run."""
+    raw = config.to_dict()
+    limits: dict[str, Any] = dict.fromkeys(LIMITS, ())
+    limits |= {key: [value] if key in LIMITS and not isinstance(value, list | tuple) else value
+               for key, value in budget.items()}  # fmt: skip
+    raw["budget"] = {**raw["budget"], **limits}
+    raw["search"] = {**raw["search"], "constraint": None}
+    found = CompressConfig.from_dict({**raw, "keep": []})
+    if len(found.targets) > 1:
+        values = " ".join(f"{target.value:g}" for target in found.targets)
+        raise UserError(f"one pick at a time, given {found.targets[0].kind} {values}; give one value")
+    return found
+
+
+def _timed(config: CompressConfig) -> tuple[Any, ...]:
+    """What the times of a configuration's request depend on."""
+    b = config.budget
+    return (b.runtime, b.quant if b.runtime == "llama.cpp" else "", b.prompt, b.batch, b.generate)
+
+
+def _table(s: Session, run: CompressConfig) -> Timetable | None:
+    """The table that a pick goes by: the run's own where it asks for the same times; None where nothing is timed."""
+    if s.run.done("latency.json") and _timed(s.config) == _timed(run):
+        return steps.timetable_of(s)
+    if s.config.constraint not in TIMES:
+        return None
+    runtimes.check(s.model, s.family, s.config.budget, steps.widest_space(s))
+    return runtimes.measure(s.model, s.family, s.config.budget, progress=s.progress)
 
 
 def _counting(config: CompressConfig) -> CompressConfig:
@@ -171,6 +223,20 @@ def _of_share(s: Session, p: Prepared, keep: float, ending: str) -> Wanted:
     if not ending and twin.is_dir():
         raise UserError(f"the run has a network of that share, searched and refitted: {twin}; take that one")
     return Wanted(f"pick-{keep:g}{ending}", choosing.allocated(s, p, high)[0], high, {"keep": keep}, {})
+
+
+def _of_budget(s: Session, p: Prepared, run: CompressConfig) -> Wanted:
+    """What the curves call best within a time or a memory."""
+    (target,) = s.config.targets
+    steps.check_reach(s, p.space, target)
+    same = _timed(s.config) == _timed(run) or s.config.constraint not in TIMES
+    if same and target in run.targets and (twin := s.run.path(f"models/{target.name}")).is_dir():
+        raise UserError(f"the run has a network of that budget, searched and refitted: {twin}; take that one")
+    _, high = p.space.window(s.cost, s.share(target), of=s.cost(s.whole), slack=steps.slack(s))
+    b = s.config.budget
+    asked: dict[str, Any] = {target.kind: target.value, "prompt": b.prompt, "batch": b.batch, "generate": b.generate}
+    asked |= {"runtime": b.runtime} if s.config.constraint in TIMES else {"context": s.context}
+    return Wanted(f"pick-{target.name}", choosing.allocated(s, p, high)[0], high, asked, {})
 
 
 def _of_point(s: Session, p: Prepared, row: dict[str, Any]) -> Wanted:

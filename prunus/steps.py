@@ -370,7 +370,7 @@ def check_request(s: Session, own_table: bool = True) -> None:
         if target.kind == "keep":
             space.window(s.cost, target.value, of=s.cost(s.whole), slack=slack(s))
         else:
-            _check_reach(s, space, target)
+            check_reach(s, space, target)
 
 
 def _check_trained_space(s: Session, space: SearchSpace) -> None:
@@ -410,7 +410,7 @@ def _measured_table(s: Session) -> Timetable:
     return runtimes.measure(s.model, s.family, s.config.budget, progress=s.progress)
 
 
-def _check_reach(s: Session, space: SearchSpace, target: Target) -> None:
+def check_reach(s: Session, space: SearchSpace, target: Target) -> None:
     """A budget that no network meets, or that the dense model meets, raises UserError with the reachable range."""
     batch, dense = s.config.budget.batch, s.cost(s.whole)
     least, most = space.reach(s.cost)

@@ -21,12 +21,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
 from prunus import cli, finishing, picking
+from prunus.config import BudgetConfig
 from prunus.errors import UserError
 from prunus.fronts import numbered
+from prunus.models import costs
+from prunus.models.families import family_of, full
+from prunus.models.loading import load
 from prunus.pipeline import compress, step
 from prunus.searching.objective import Divergence, kl_from_logits
 from prunus.steps import RUNGS
 from prunus.subnetwork import SubNetwork
+from prunus.timing import runtimes
+from prunus.timing.timetable import Timetable
 
 pytestmark = pytest.mark.skipif(
     not MODEL.is_dir(), reason="needs the tiny trained model of the data beside the project"
@@ -215,7 +221,7 @@ def test_the_command(run: Path) -> None:
     assert "keep-0.8 and keep-0.6" in done.stderr
     assert json.loads((run / "pick.json").read_text())["chosen"][0]["name"] == "pick-0.7"
     for words, sentence in (
-        ([], "a share (--keep X) or a point of the run's front (--point N); given neither"),
+        ([], "one point of the run's front (--point N); given none of them"),
         (["--keep", "0.7", "--point", "1"], "given keep 0.7 and point 1"),
         (["--point", "1", "--keep-of", "all"], "leave it out"),
         (["--keep", "0.7", "0.6"], "one pick at a time"),
@@ -406,3 +412,100 @@ def test_the_command_shows_what_the_front_says(fronted: Path) -> None:
     assert f"{row['values']['kl']:.4g} ± {row['errors']['kl']:.2g}" in done.stdout
     assert f"models/pick-point-{row['point']}" in done.stdout.replace("\n", "")
     assert "the front judged it with one-shot weights" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ budgets
+
+
+REQUEST = {"prompt": 48, "batch": 1, "generate": 4}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PRUNUS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def table_of(run: Path, **request: Any) -> Timetable:
+    loaded = load(str(MODEL))
+    budget = BudgetConfig(**{**REQUEST, **request})
+    return runtimes.measure(loaded.model, family_of(loaded.model.config), budget)
+
+
+def chosen(found: dict[str, Any]) -> SubNetwork:
+    """The network of a pick's checkpoint."""
+    raw = json.loads((Path(found["picked"]) / "prunus.json").read_text())["subnetwork"]
+    return SubNetwork.from_json(raw)
+
+
+def test_a_pick_by_speed_meets_it_by_the_table(run: Path, cache: Path) -> None:
+    table, whole = table_of(run), full(load(str(MODEL)).model.config)
+    before = artefacts(run)
+    found = prunus.pick(run, budget={"speedup": 1.2, **REQUEST})
+    assert Path(found["picked"]).name == "pick-speedup-1.2"
+    sub, dense = chosen(found), table.request_ms(whole)
+    assert table.request_ms(sub) <= dense / 1.2 * (1 + 1e-9)
+    assert table.request_ms(sub) > 0.5 * dense / 1.2  # and not by far
+    assert found["chosen"][0]["predicted_ms"] == pytest.approx(table.request_ms(sub))
+    assert {k: v for k, v in artefacts(run).items() if "pick" not in k} == before
+    ms = dense / 1.2
+    again = prunus.pick(run, budget={"latency_ms": ms, **REQUEST})
+    assert chosen(again) == sub, "a speed-up and the milliseconds that it means are one budget"
+    rate = prunus.pick(run, budget={"tokens_per_second": 1100 / table.ms(whole, "decode"), **REQUEST})
+    assert table.tokens_per_second(chosen(rate)) >= 1100 / table.ms(whole, "decode") * (1 - 1e-9)
+
+
+def test_a_pick_by_memory_counts_weights_and_cache(run: Path) -> None:
+    model = load(str(MODEL)).model
+    layout, whole = costs.layout(model, family_of(model.config)), full(model.config)
+    width = next(model.parameters()).element_size()
+    budget = 0.8 * costs.memory_bytes(layout, whole, 256, 2, width) / 1e6
+    found = prunus.pick(run, budget={"memory_mb": budget, "context": 256, "batch": 2})
+    used = costs.memory_bytes(layout, chosen(found), 256, 2, width) / 1e6
+    assert 0.9 * budget < used <= budget
+    assert Path(found["picked"]).name == f"pick-memory-{budget:g}mb"
+    assert AutoModelForCausalLM.from_pretrained(found["picked"], trust_remote_code=True).generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False
+    ).shape == (1, 5)
+
+
+def test_a_run_of_times_gives_its_own_table(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "timed"
+    request = {f"budget__{key}": value for key, value in REQUEST.items()}
+    compress(config(keep=(), budget__speedup=(1.15,), **request), out)
+    monkeypatch.setattr(runtimes, "measure", lambda *a, **b: pytest.fail("measured, though the run has the table"))
+    found = prunus.pick(out, budget={"speedup": 1.25})
+    table = Timetable.from_json((out / "latency.json").read_text())
+    assert table.request_ms(chosen(found)) <= table.request_ms(full(load(str(MODEL)).model.config)) / 1.25 * (1 + 1e-9)
+    assert found["from"] == ["speedup-1.15"]
+    with pytest.raises(UserError, match=r"the run has a network of that budget.*speedup-1\.15; take that one"):
+        prunus.pick(out, budget={"speedup": 1.15})
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ({"budget": {"prompt": 64}}, r"prompt says what a budget is counted for.*--latency-ms"),
+        ({"budget": {"speedup": 1.5, "latency_ms": 3}}, "one share .* given speedup and latency_ms"),
+        ({"keep": 0.7, "budget": {"memory_mb": 1.0}}, "given keep 0.7 and memory_mb"),
+        ({"budget": {"speedup": (1.5, 1.7)}}, "one pick at a time, given speedup 1.5 1.7"),
+        ({"budget": {"memory_mb": 1.0}, "keep_of": "all"}, "given all with memory_mb"),
+        ({"budget": {"memory_mb": 1e-3}}, r"no network of this search space meets it. Megabytes go from"),
+        ({}, "given none of them"),
+    ],
+)
+def test_budgets_that_make_no_sense_are_refused(run: Path, asked: dict[str, Any], sentence: str) -> None:
+    before = artefacts(run)
+    with pytest.raises(UserError, match=sentence):
+        prunus.pick(run, **asked)
+    assert artefacts(run) == before
+
+
+def test_the_command_takes_a_budget(run: Path, cache: Path) -> None:
+    words = ["pick", str(run), "--speedup", "1.2", "--prompt", "48", "--batch", "1", "--generate", "4", "--quiet"]
+    done = CliRunner().invoke(cli.app, words, obj=words)
+    assert done.exit_code == 0, done.output
+    assert (run / "models" / "pick-speedup-1.2" / "model.safetensors").is_file()
+    words = ["pick", str(run), "--speedup", "50", "--prompt", "48", "--batch", "1", "--generate", "4"]
+    done = CliRunner().invoke(cli.app, words, obj=words)
+    assert done.exit_code == 2 and "Speed-ups go from" in " ".join(done.output.split())
