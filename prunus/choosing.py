@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prunus.reforming import sensitivity
@@ -13,6 +13,7 @@ from prunus.steps import RUNGS, Prepared, Session, slack
 from prunus.subnetwork import SubNetwork
 from prunus.targets import TIMES, Target
 
+BELIEFS = (1.0, 0.5, 0.0)  # in the measured levels: gentle budgets gain by them, hard ones lose
 ATTEMPTS = 4  # of the knapsack, where costs do not quite add up
 
 
@@ -22,11 +23,12 @@ def search_one(s: Session, p: Prepared, target: Target, starts: Sequence[SubNetw
     def compute() -> dict[str, Any]:
         keep = s.share(target)
         low, high = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=slack(s))
-        seeds = [*allocated(s, p, high), *starts]
+        openings = allocated(s, p, high)
+        seeds = [*openings, *starts]
         window = min(low, *(s.cost(sub) for sub in seeds[:1])), high  # coarse spaces may not come nearer
         record = open_record(s, p)
         before = p.objective.forward_tokens
-        found = _run_method(s, p, target, window, seeds, record)
+        found = _run_method(s, p, target, window, openings, seeds, record)
         s.run.count_tokens(int(p.objective.forward_tokens - before))
         return {
             "keep": keep,
@@ -35,6 +37,7 @@ def search_one(s: Session, p: Prepared, target: Target, starts: Sequence[SubNetw
             "nats": found.score.value,
             "start_nats": found.start_score.value,
             "start": found.start.to_json(),
+            "belief": openings.get(found.start),
             "evaluations": found.n_evaluations,
             "generations": found.generations,
             "asked_tokens": found.n_tokens,
@@ -69,7 +72,13 @@ def open_record(s: Session, p: Prepared, objective: str = "") -> Record:
 
 
 def _run_method(
-    s: Session, p: Prepared, target: Target, window: tuple[float, float], seeds: Sequence[SubNetwork], record: Record
+    s: Session,
+    p: Prepared,
+    target: Target,
+    window: tuple[float, float],
+    openings: Mapping[SubNetwork, float],
+    seeds: Sequence[SubNetwork],
+    record: Record,
 ) -> search.Found:
     """The search that the configuration names."""
     c, seed = s.config.search, s.config.seed
@@ -83,7 +92,7 @@ def _run_method(
         if c.method == "levels":
             return search.levels(
                 p.space, p.objective, s.cost, window, start=seeds, seed=seed, record=record, settings=settings,
-                predict=_prediction(p), progress=tick,
+                predict=_prediction(p, openings), progress=tick,
             )  # fmt: skip
         if c.method == "random":
             return search.random_search(
@@ -104,10 +113,11 @@ def _run_method(
         )  # fmt: skip
 
 
-def allocated(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
-    """The allocation that the curves call best within a budget."""
+def allocated(s: Session, p: Prepared, budget: float, beliefs: Sequence[float] = BELIEFS) -> dict[SubNetwork, float]:
+    """The allocations that the curves call best within a budget, and the belief in the measured levels behind each."""
+    found: dict[SubNetwork, float] = {}
     if p.space.uniform:
-        return _allocated_uniform(s, p, budget)
+        return dict.fromkeys(_allocated_uniform(s, p, budget), 1.0)
     rest = s.cost(s.whole) - sum(curve.costs[0] for curve in p.curves)
     if s.config.constraint.startswith("parameters"):
         price = [curve.costs for curve in p.curves]
@@ -121,20 +131,24 @@ def allocated(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
             )
             for c in p.curves
         ]
-    return [_within(s, p, price, budget, rest)]
+    for belief in beliefs if p.factors else beliefs[:1]:
+        found.setdefault(_within(s, p.believed(belief), price, budget, rest), belief)
+    return found
 
 
-def _within(s: Session, p: Prepared, price: Sequence[Sequence[float]], budget: float, rest: float) -> SubNetwork:
+def _within(
+    s: Session, curves: Sequence[sensitivity.Curve], price: Sequence[Sequence[float]], budget: float, rest: float
+) -> SubNetwork:
     """The knapsack's answer; where prices of single levels do not quite add up (a layer that goes whole saves its
     frame too), it is asked again with what the true cost left over."""
     asked, least = budget - rest, sum(min(one) for one in price)
     best: SubNetwork | None = None
     for _ in range(ATTEMPTS):
-        found = allocate(price, [curve.nats for curve in p.curves], max(asked, least))
-        sub = sensitivity.subnetwork_of(p.curves, found.levels, s.whole.hidden)
+        found = allocate(price, [curve.nats for curve in curves], max(asked, least))
+        sub = sensitivity.subnetwork_of(curves, found.levels, s.whole.hidden)
         spare = budget - s.cost(sub)
         fits = spare >= -1e-12 * budget
-        if fits and (best is None or sensitivity.predict(p.curves, sub) < sensitivity.predict(p.curves, best)):
+        if fits and (best is None or sensitivity.predict(curves, sub) < sensitivity.predict(curves, best)):
             best = sub
         if fits and spare <= slack(s) * budget:
             break
@@ -142,9 +156,19 @@ def _within(s: Session, p: Prepared, price: Sequence[Sequence[float]], budget: f
     return best or sub
 
 
-def _prediction(p: Prepared) -> Callable[[SubNetwork], float] | None:
-    """The curves' guess of a divergence; none where hidden channels may go, which the curves know nothing about."""
-    return None if len(p.space.hidden) > 1 else lambda sub: sensitivity.predict(p.curves, sub)
+def _prediction(
+    p: Prepared, openings: Mapping[SubNetwork, float]
+) -> Callable[[SubNetwork], Callable[[SubNetwork], float]] | None:
+    """The curves' guess of a divergence, those that a search's start came from; none where hidden channels may go,
+    which the curves know nothing about."""
+    if len(p.space.hidden) > 1:
+        return None
+
+    def guess(start: SubNetwork) -> Callable[[SubNetwork], float]:
+        curves = p.believed(openings.get(start, 1.0))
+        return lambda sub: sensitivity.predict(curves, sub)
+
+    return guess
 
 
 def _allocated_uniform(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:

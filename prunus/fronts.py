@@ -81,7 +81,7 @@ def search_front(s: Session, p: Prepared, chosen: Mapping[str, SubNetwork]) -> d
         axes = [_axis(s, p, name) for name in c.objectives]
         n = max(3, 3 * c.population // 4 - len(chosen))
         budgets = [window[0] + (window[1] - window[0]) * k / (n - 1) for k in range(n)]
-        starts = [*chosen.values(), *(sub for budget in budgets for sub in allocated(s, p, budget)[:1])]
+        starts = [*chosen.values(), *(next(iter(allocated(s, p, budget))) for budget in budgets)]
         sides: dict[str, Any] = {}
         methods: dict[str, pareto.Method] = {"searched": c.method, "control": "random"}
         with s.progress(f"front of {', '.join(c.objectives)}", 2 * c.evaluations) as advance:

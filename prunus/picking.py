@@ -133,7 +133,7 @@ def _refuse_mixed(
     keep: float | None, point: int | None, budget: Mapping[str, Any] | None, keep_of: str | None, refit: int
 ) -> None:
     """Refuse what does not fit together, before anything is read."""
-    limits = [kind for kind in LIMITS if (budget or {}).get(kind) not in (None, (), [])]
+    limits: list[str] = [kind for kind in LIMITS if (budget or {}).get(kind) not in (None, (), [])]
     if budget and not limits:
         known = ", ".join("--" + kind.replace("_", "-") for kind in LIMITS)
         raise UserError(
@@ -216,13 +216,20 @@ def _require(record: Run) -> None:
             )
 
 
+def _allocated(s: Session, p: Prepared, budget: float) -> SubNetwork:
+    """The allocation within a budget, by curves that believe the measured levels as the run's networks beside it do."""
+    around = [load_json(s.run.path(f"search/{one.name}.json")) for one in _around(_finished(s, p), budget)]
+    beliefs = [float(found["belief"]) for found in around if found.get("belief") is not None]
+    return next(iter(choosing.allocated(s, p, budget, [fmean(beliefs) if beliefs else 1.0])))
+
+
 def _of_share(s: Session, p: Prepared, keep: float, ending: str) -> Wanted:
     """What the curves call best for a share."""
     _, high = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=steps.slack(s))
     twin = s.run.path(f"models/keep-{keep:g}")
     if not ending and twin.is_dir():
         raise UserError(f"the run has a network of that share, searched and refitted: {twin}; take that one")
-    return Wanted(f"pick-{keep:g}{ending}", choosing.allocated(s, p, high)[0], high, {"keep": keep}, {})
+    return Wanted(f"pick-{keep:g}{ending}", _allocated(s, p, high), high, {"keep": keep}, {})
 
 
 def _of_budget(s: Session, p: Prepared, run: CompressConfig) -> Wanted:
@@ -236,7 +243,7 @@ def _of_budget(s: Session, p: Prepared, run: CompressConfig) -> Wanted:
     b = s.config.budget
     asked: dict[str, Any] = {target.kind: target.value, "prompt": b.prompt, "batch": b.batch, "generate": b.generate}
     asked |= {"runtime": b.runtime} if s.config.constraint in TIMES else {"context": s.context}
-    return Wanted(f"pick-{target.name}", choosing.allocated(s, p, high)[0], high, asked, {})
+    return Wanted(f"pick-{target.name}", _allocated(s, p, high), high, asked, {})
 
 
 def _of_point(s: Session, p: Prepared, row: dict[str, Any]) -> Wanted:

@@ -263,6 +263,11 @@ class Prepared:
     space: SearchSpace
     curves: list[sensitivity.Curve]
     objective: Divergence
+    factors: Mapping[tuple[int, sensitivity.Which], float]  # what the measured levels made of the curves
+
+    def believed(self, belief: float) -> list[sensitivity.Curve]:
+        """The curves with the measured levels believed more or less: 1 is `curves`, 0 without them."""
+        return sensitivity.believing(self.curves, self.factors, belief)
 
 
 def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str, Tensor]) -> Prepared:
@@ -303,12 +308,11 @@ def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str,
         return [asdict(anchor) for anchor in measured]
 
     measured = s.run.do("reform", "sensitivity.json", anchors) if r.sensitivity else []
-    curve_list = sensitivity.curves(
-        errors, [sensitivity.Anchor(**a) for a in measured], s.layout, space, s.whole.hidden
-    )
+    known = [sensitivity.Anchor(**a) for a in measured]
+    curve_list = sensitivity.curves(errors, known, s.layout, space, s.whole.hidden)
     if s.config.uniform or c.space == "trained":
         space = _space(s, s.layer_order or _price_of_layers(curve_list, space.n_layers))
-    return Prepared(database, errors, space, curve_list, objective)
+    return Prepared(database, errors, space, curve_list, objective, sensitivity.factors(known))
 
 
 def _space(s: Session, layer_order: Sequence[int]) -> SearchSpace:

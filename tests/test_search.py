@@ -113,6 +113,25 @@ def test_the_knapsack_is_the_best_start_where_errors_add_up() -> None:
     assert found.subnetwork == start
 
 
+def test_the_better_start_is_taken_and_says_what_is_guessed() -> None:
+    space = llama_space()
+    toy = Toy(space)
+    window = space.window(blocks, 0.5)
+    prices, spare = Prices(space, blocks), window[1] - blocks(space.smallest())
+    good = space.build((*allocate(prices.tables(), toy.errors(), spare).levels, 0))
+    misled = [errors[::-1].copy() for errors in toy.errors()]  # believes that what is dear is cheap
+    bad = space.build((*allocate(prices.tables(), misled, spare).levels, 0))
+    assert toy.truth(bad) > 1.1 * toy.truth(good)
+    asked: list[SubNetwork] = []
+
+    def guess(start: SubNetwork) -> Any:
+        asked.append(start)
+        return predictor(space, toy.errors())
+
+    found = levels(space, toy, blocks, (0.0, window[1]), start=[bad, good], predict=guess)
+    assert asked == [good] and found.start == good
+
+
 def test_search_beats_its_start_and_its_random_control_at_equal_tokens() -> None:
     space, gains = llama_space(), []
     window = space.window(blocks, 0.5)
@@ -122,7 +141,16 @@ def test_search_beats_its_start_and_its_random_control_at_equal_tokens() -> None
         answer = allocate(prices.tables(), toy.errors(), window[1] - blocks(space.smallest()))
         start, predict = space.build((*answer.levels, 0)), predictor(space, toy.errors())
         settings = LevelSettings(generations=100, patience=100, n_tokens=40_000, survivors=(4,))
-        found = levels(space, toy, blocks, window, start=[start], predict=predict, seed=seed, settings=settings)
+        found = levels(
+            space,
+            toy,
+            blocks,
+            window,
+            start=[start],
+            predict=lambda _, guess=predict: guess,
+            seed=seed,
+            settings=settings,
+        )
         control = random_search(space, toy, blocks, window, seed=seed, settings=settings)
         for end in (found, control):
             assert end.n_tokens <= 40_000

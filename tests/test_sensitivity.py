@@ -13,7 +13,16 @@ from prunus.models.families import dims, family_of, full
 from prunus.models.slicing import activate
 from prunus.models.stream import LayerStream
 from prunus.reforming.levels import Errors
-from prunus.reforming.sensitivity import Anchor, curves, factors, measure, predict, subnetwork_of, with_level
+from prunus.reforming.sensitivity import (
+    Anchor,
+    believing,
+    curves,
+    factors,
+    measure,
+    predict,
+    subnetwork_of,
+    with_level,
+)
 from prunus.searching.allocate import allocate
 from prunus.searching.objective import Divergence
 from prunus.searching.space import space_of
@@ -61,6 +70,25 @@ def test_a_misleading_sub_layer_is_corrected_and_noise_only_by_half() -> None:
     assert found[1, "attention"] == pytest.approx(math.sqrt(1.5))
     assert found[2, "mlp"] == pytest.approx(16 / math.sqrt(2))
     assert (3, "mlp") not in found
+
+
+def test_belief_goes_from_the_errors_alone_to_the_measured_levels(model: torch.nn.Module) -> None:
+    own, space, errors = layout(model, family_of(model.config)), space_of(model.config, mlp_step=16), errors_of(model)
+    anchors = [Anchor(1, "mlp", 1.0, 8.0), Anchor(2, "attention", 1.0, 0.01)]
+    with_them, without = curves(errors, anchors, own, space, 48), curves(errors, [], own, space, 48)
+    for belief, want in ((1.0, with_them), (0.0, without)):
+        for got, right in zip(believing(with_them, factors(anchors), belief), want, strict=True):
+            assert got.nats == pytest.approx(right.nats)
+            assert (got.layer, got.which, got.levels, got.costs) == (
+                right.layer,
+                right.which,
+                right.levels,
+                right.costs,
+            )
+    half = believing(with_them, factors(anchors), 0.5)[3]  # the MLP of layer 1
+    assert half.nats[1:] == pytest.approx(
+        [math.sqrt(a * b) for a, b in zip(with_them[3].nats, without[3].nats, strict=True)][1:]
+    )
 
 
 def test_the_knapsack_spares_what_is_dear(model: torch.nn.Module) -> None:

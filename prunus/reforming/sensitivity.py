@@ -7,7 +7,7 @@ each sub-layer (a short forward, the layers before it shared) tells where they m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -131,6 +131,18 @@ def factors(anchors: Sequence[Anchor], noise: float = math.log(2)) -> dict[tuple
         ratio = float(np.mean(values))
         found[key] = math.exp(ratio - 0.5 * min(max(ratio, -noise), noise))
     return found
+
+
+def believing(curves: Sequence[Curve], factor: Mapping[tuple[int, Which], float], belief: float) -> list[Curve]:
+    """The same curves, with the measured levels' `factors` taken to a power: 1 as they are, 0 not at all.
+
+    A level that is measured alone is right about gentle cuts and misleads about hard ones, where what counts is how
+    the errors of many sub-layers add up.
+    """
+    return [
+        replace(c, nats=tuple(nats * factor.get((c.layer, c.which), 1.0) ** (belief - 1) for nats in c.nats))
+        for c in curves
+    ]
 
 
 def _cost(layout: Layout, layer: int, level: AttentionLevel | int, hidden: int) -> int:

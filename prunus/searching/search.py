@@ -63,7 +63,7 @@ def levels(
     start: Sequence[SubNetwork] = (),
     seed: int = 0,
     record: Record | None = None,
-    predict: Predict | None = None,
+    predict: Callable[[SubNetwork], Predict] | None = None,
     settings: LevelSettings | None = None,
     progress: Tell | None = None,
 ) -> Found:
@@ -71,7 +71,8 @@ def levels(
 
     budget: the costs (lo, hi) that every candidate meets. start: sub-networks to begin with, e.g. of `allocate`, or
         results of neighbouring budgets (moved into the window); without any, a random one.
-    predict: a cheap guess of the score; it chooses which mutants are worth evaluating, never which one wins.
+    predict: from the start that the search begins with, a cheap guess of the score; it chooses which mutants are worth
+        evaluating, never which one wins.
     Objective calls: draw g >= 0 in generation g (parent and offspring on the same tokens), draws -1, -2, ... for
     acceptance. The first parent is returned unless the last one is better than it on a held-out draw of its own.
     After EvoPress (Sieberling et al. 2024, arXiv:2410.14649) and Tyr-the-Pruner (2025, arXiv:2503.09657).
@@ -122,16 +123,17 @@ def _run(
     ledger: Ledger,
     starts: list[SubNetwork],
     propose: Propose,
-    predict: Predict | None,
+    predict: Callable[[SubNetwork], Predict] | None,
     s: LevelSettings,
     rng: random.Random,
     progress: Tell | None,
 ) -> Found:
     top, step, since, accepted = len(s.survivors), s.step, 0, list[int]()
     first = parent = _start(starts, ledger.judge(starts, -1, top), s.accept_z)
+    guess = None if predict is None else predict(first)
     seen, generation = set(starts), 0
     while generation < s.generations and since < s.patience and _affordable(ledger, s, top):
-        subs = _offspring(parent, propose, predict, s, rng, step, seen)
+        subs = _offspring(parent, propose, guess, s, rng, step, seen)
         if not subs:
             break
         seen.update(subs)
