@@ -171,7 +171,7 @@ def _side(s: Session, axes: Sequence[Axis], points: Sequence[pareto.Point]) -> d
             "errors": {name: error for name, (_, error) in zip(names, row, strict=True)},
             "search_values": dict(zip(names, point.values, strict=True)),
             "parameters": costs.parameters(s.layout, point.subnetwork, "all"),
-            "kept": s.cost(point.subnetwork) / s.cost(s.whole),
+            "kept": costs.parameters(s.layout, point.subnetwork) / costs.parameters(s.layout, s.whole),
             "subnetwork": point.subnetwork.to_json(),
         }
         for point, row in zip(best, held, strict=True)

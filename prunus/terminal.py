@@ -182,7 +182,7 @@ def front(found: Mapping[str, Any]) -> Iterator[Table | Text]:
     """The points of a front of several objectives, with the numbers by which one is picked."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     own, axes = found["searched"]["front"], found["objectives"]
-    for title in ("point", "kept", *(["parameters"] if "parameters" not in axes else []), *axes):
+    for title in ("point", "kept of blocks", *(["parameters"] if "parameters" not in axes else []), *axes):
         table.add_column(title, justify="right")
     for row in own:
         size = [f"{row['parameters']:,}"] if "parameters" not in axes else []

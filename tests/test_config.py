@@ -101,7 +101,7 @@ def test_keep_takes_every_spelling(given: Any, kept: tuple[float, ...]) -> None:
         ({"budget__speedup": 2, "budget__memory_mb": 9}, r"one kind of target, given speedup and memory_mb"),
         ({"budget__speedup": 2, "keep": 0.7}, r"one kind of target, given keep 0.7 and budget.speedup"),
         ({"budget__memory_mb": 9, "search__constraint": "flops"}, r"leave search.constraint out, given flops"),
-        ({"budget__runtime": "onnx"}, r"budget.runtime is one of torch, llama.cpp; given 'onnx'"),
+        ({"budget__runtime": "onnx"}, r"budget.runtime is one of torch, torch.compile, llama.cpp; given 'onnx'"),
         ({"budget__quant": "q2_k"}, r"budget.quant is one of f32, f16, q8_0, q4_0; given 'q2_k'"),
     ],
 )

@@ -228,7 +228,7 @@ def _searched(data: ReportData) -> str:
             f"beyond the worst of both fronts that each dominates: {own['hypervolume']:.3f} searched, "
             f"{found['control']['hypervolume']:.3f} at random. `search/front.json` holds every network, "
             "and `prunus pick RUN --point N` makes a checkpoint of a point.",
-            table(["point", "parameters", "kept", *(_cell(title) for title in found["titles"])], rows),
+            table(["point", "parameters", "kept of blocks", *(_cell(title) for title in found["titles"])], rows),
         ]
     )
 
