@@ -34,7 +34,7 @@ from prunus.searching.moves import Prices, scatter
 from prunus.searching.space import space_of
 from prunus.subnetwork import SubNetwork
 from prunus.timing import compiled_latency, llamacpp_latency, whole_networks
-from prunus.timing.latency import Lap, Laps, WallClock, assemble, build, clock_of, key_of, plan, time_models
+from prunus.timing.latency import Laps, WallClock, assemble, build, clock_of, key_of, plan, time_models
 from prunus.timing.timetable import Phase, Request, Timetable, grid_of
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -222,7 +222,7 @@ def in_other(
         )
     n = len(planned.networks)
     table = whole_networks.fitted(key, request, grid, planned, prefill[:, :n], decode[:, :n])
-    laps = [Laps([Lap(ms) for ms in a], [Lap(ms) for ms in b]) for a, b in zip(prefill.T, decode.T, strict=True)]
+    laps = whole_networks.laps_of(prefill, decode)
     return table, laps[0], laps[n:]
 
 

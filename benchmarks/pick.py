@@ -20,21 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import record
+import runs
 
 FOLDERS = {"search": ".json", "weights": ".safetensors", "evaluation": ".json", "models": ""}
 
 
 def without(run: Path, name: str, out: Path) -> Path:
-    """A copy of a run (hard links where files are only read) that never had the network `name`."""
+    """A copy of a run that never had the network `name`."""
     shutil.rmtree(out, ignore_errors=True)
-
-    def copy(source: str, target: str) -> None:
-        if Path(source).name in ("manifest.json", "config.yaml", "trials.journal"):
-            shutil.copy2(source, target)
-        else:
-            os.link(source, target)
-
-    shutil.copytree(run, out, copy_function=copy, ignore=lambda _, names: {".prunus", "report"} & set(names))
+    runs.copied(run, out)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["config"]["keep"] = [k for k in manifest["config"]["keep"] if f"keep-{k:g}" != name]
     for folder, suffix in FOLDERS.items():

@@ -21,7 +21,7 @@ from prunus.terminal import Terminal, calm_libraries
 if TYPE_CHECKING:
     from prunus.texts.calibration import Join
 
-REQUEST = tuple(key for key, one in settings().items() if key.startswith("budget.") and one.flag)
+BUDGET = tuple(key for key, one in settings().items() if key.startswith("budget.") and one.flag)
 RESUMABLE = ("compress", "pick", "bench", "recover", "score", "train", "reform", "search", "extract", "report")
 
 
@@ -301,7 +301,7 @@ def recover(checkpoint: str, teacher: str | None, out: str, **parameters: Any) -
     terminal.result({key: value for key, value in found.items() if key != "history"}, parameters["json"])
 
 
-@flags("keep_of", *REQUEST, common=("device",), of_run=True, files=False)
+@flags("keep_of", *BUDGET, common=("device",), of_run=True, files=False)
 @app.command(cls=Verb, short_help="One more checkpoint of a run: any budget, any point of a front.")
 @click.argument("run")
 @click.option("--keep", metavar="X", type=float, multiple=True, help="the share to keep")
@@ -323,7 +323,7 @@ def pick(run: str, keep: tuple[float, ...], refit: int, **parameters: Any) -> No
     request, unless --prompt and the like say otherwise; the table of another request is measured first, in minutes.
     """
     asked = overrides(None, given({**parameters, "keep": None, "model": None}))
-    budget = {key.removeprefix("budget."): asked.pop(key) for key in REQUEST if key in asked}
+    budget = {key.removeprefix("budget."): asked.pop(key) for key in BUDGET if key in asked}
     terminal = Terminal(parameters["quiet"])
     if len(keep) > 1:
         raise UserError(f"one pick at a time, given {len(keep)} shares; give one --keep")

@@ -58,6 +58,7 @@ class Finished:
     sub: SubNetwork
     cost: float
     predicted: float  # nats, by the curves
+    belief: float | None  # in the measured levels, of the allocation that its search began with
     figures: dict[str, Any]  # of its evaluation; empty where there was none
 
 
@@ -120,13 +121,15 @@ def pick(
         if config.train.data:
             orders = supernet.train(s, ids, orders)  # loads it: it is done, or _require had refused
         p = steps.reform_levels(s, ids, holdout, orders)
+        finished = _finished(s, p)
         if budget:
-            wanted = _of_budget(s, p, whole_config)
+            wanted = _of_budget(s, p, finished, whole_config)
         elif keep is None:
-            wanted = _of_point(s, p, row)
+            wanted = _of_point(s, finished, row)
         else:
-            wanted = _of_share(s, p, keep, "" if config.constraint == own.constraint else f"-of-{config.keep_of}")
-        return _picked(s, p, ids, wanted, min(refit, len(ids)), measure, None if out is None else Path(out))
+            ending = "" if config.constraint == own.constraint else f"-of-{config.keep_of}"
+            wanted = _of_share(s, p, finished, keep, ending)
+        return _picked(s, p, ids, finished, wanted, min(refit, len(ids)), measure, None if out is None else Path(out))
 
 
 def _refuse_mixed(
@@ -216,23 +219,22 @@ def _require(record: Run) -> None:
             )
 
 
-def _allocated(s: Session, p: Prepared, budget: float) -> SubNetwork:
+def _allocated(s: Session, p: Prepared, finished: Sequence[Finished], budget: float) -> SubNetwork:
     """The allocation within a budget, by curves that believe the measured levels as the run's networks beside it do."""
-    around = [load_json(s.run.path(f"search/{one.name}.json")) for one in _around(_finished(s, p), budget)]
-    beliefs = [float(found["belief"]) for found in around if found.get("belief") is not None]
+    beliefs = [one.belief for one in _around(finished, budget) if one.belief is not None]
     return next(iter(choosing.allocated(s, p, budget, [fmean(beliefs) if beliefs else 1.0])))
 
 
-def _of_share(s: Session, p: Prepared, keep: float, ending: str) -> Wanted:
+def _of_share(s: Session, p: Prepared, finished: Sequence[Finished], keep: float, ending: str) -> Wanted:
     """What the curves call best for a share."""
     _, high = p.space.window(s.cost, keep, of=s.cost(s.whole), slack=steps.slack(s))
     twin = s.run.path(f"models/keep-{keep:g}")
     if not ending and twin.is_dir():
         raise UserError(f"the run has a network of that share, searched and refitted: {twin}; take that one")
-    return Wanted(f"pick-{keep:g}{ending}", _allocated(s, p, high), high, {"keep": keep}, {})
+    return Wanted(f"pick-{keep:g}{ending}", _allocated(s, p, finished, high), high, {"keep": keep}, {})
 
 
-def _of_budget(s: Session, p: Prepared, run: CompressConfig) -> Wanted:
+def _of_budget(s: Session, p: Prepared, finished: Sequence[Finished], run: CompressConfig) -> Wanted:
     """What the curves call best within a time or a memory."""
     (target,) = s.config.targets
     steps.check_reach(s, p.space, target)
@@ -243,13 +245,13 @@ def _of_budget(s: Session, p: Prepared, run: CompressConfig) -> Wanted:
     b = s.config.budget
     asked: dict[str, Any] = {target.kind: target.value, "prompt": b.prompt, "batch": b.batch, "generate": b.generate}
     asked |= {"runtime": b.runtime} if s.config.constraint in TIMES else {"context": s.context}
-    return Wanted(f"pick-{target.name}", _allocated(s, p, high), high, asked, {})
+    return Wanted(f"pick-{target.name}", _allocated(s, p, finished, high), high, asked, {})
 
 
-def _of_point(s: Session, p: Prepared, row: dict[str, Any]) -> Wanted:
+def _of_point(s: Session, finished: Sequence[Finished], row: dict[str, Any]) -> Wanted:
     """A point of the run's front."""
     number, sub = row["point"], SubNetwork.from_json(row["subnetwork"])
-    for name in (one.name for one in _finished(s, p) if one.sub == sub):
+    for name in (one.name for one in finished if one.sub == sub):
         if (twin := s.run.path(f"models/{name}")).is_dir():
             raise UserError(
                 f"point {number} is a network of the run's own, searched and refitted: {twin}; take that one"
@@ -259,10 +261,17 @@ def _of_point(s: Session, p: Prepared, row: dict[str, Any]) -> Wanted:
 
 
 def _picked(
-    s: Session, p: Prepared, ids: Tensor, wanted: Wanted, refit: int, measure: bool, out: Path | None
+    s: Session,
+    p: Prepared,
+    ids: Tensor,
+    run: Sequence[Finished],
+    wanted: Wanted,
+    refit: int,
+    measure: bool,
+    out: Path | None,
 ) -> dict[str, Any]:
     name, sub = wanted.name, wanted.sub
-    finished = [one for one in _finished(s, p) if one.sub.hidden == s.whole.hidden]  # others have no curves
+    finished = [one for one in run if one.sub.hidden == s.whole.hidden]  # others have no curves
     around = _around(finished, wanted.cost) if sub.hidden == s.whole.hidden else []
     made_of = {
         "subnetwork": sub.key(),
@@ -309,13 +318,15 @@ def _finished(s: Session, p: Prepared) -> list[Finished]:
         name = file.removeprefix("search/").removesuffix(".json")
         if entry["step"] != "search" or file != f"search/{name}.json" or not s.run.done(file, entry["inputs"]):
             continue
-        sub = SubNetwork.from_json(load_json(s.run.path(file))["subnetwork"])
+        searched = load_json(s.run.path(file))
+        sub = SubNetwork.from_json(searched["subnetwork"])
         if not s.run.done(f"weights/{name}.safetensors", {"subnetwork": sub.key()}):
             continue
         inputs = {"subnetwork": sub.key(), "weights": s.run.sha256(f"weights/{name}.safetensors")}
         judged = f"evaluation/{name}.json"
         figures = load_json(s.run.path(judged)) if s.run.done(judged, inputs) else {}
-        found.append(Finished(name, sub, s.cost(sub), sensitivity.predict(p.curves, sub), figures))
+        nats = sensitivity.predict(p.curves, sub)
+        found.append(Finished(name, sub, s.cost(sub), nats, searched.get("belief"), figures))
     return sorted(found, key=lambda one: one.cost, reverse=True)
 
 

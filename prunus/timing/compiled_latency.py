@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,7 @@ def plan_of(model: Any, family: Family, grid: Grid) -> Plan:
     return whole_networks.plan_of(model, family, grid, lambda _: True, attention_free=True, stub=0)
 
 
+@cache
 def check_compiles(device: torch.device) -> None:
     """Raise UserError where this machine cannot compile: a C++ compiler is needed for CPUs, Triton for GPUs."""
     try:

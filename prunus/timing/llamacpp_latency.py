@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from prunus.errors import UserError
@@ -29,10 +28,10 @@ from prunus.progress import Progress, silent
 from prunus.subnetwork import LayerShape, SubNetwork
 from prunus.texts.sampling import check_length
 from prunus.timing import whole_networks
-from prunus.timing.latency import ROUNDS, warn_if_busy
+from prunus.timing.latency import ROUNDS, compared, warn_if_busy
 from prunus.timing.latency import key_of as torch_key_of
 from prunus.timing.timetable import Grid, Request, Timetable, grid_of, recall, remember
-from prunus.timing.whole_networks import Array, Plan, fitted
+from prunus.timing.whole_networks import Array, Plan, fitted, laps_of
 
 BITS = {"f32": 32.0, "f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}  # of one number of a matrix
 
@@ -173,11 +172,5 @@ def compare(dense: Any, small: Any, request: Request, quant: str) -> dict[str, f
     with tempfile.TemporaryDirectory(prefix="prunus-") as directory:
         files = write_files([lambda: dense, lambda: small], quant, Path(directory), silent)
         prefill, decode = llamacpp.timed(files, request, rounds=ROUNDS, threads=torch.get_num_threads())
-    total = prefill + request.generate * decode
-    return {
-        "prefill_ms": float(np.median(prefill[:, 1])),
-        "token_ms": float(np.median(decode[:, 1])),
-        "request_ms": float(np.median(total[:, 1])),
-        "dense_request_ms": float(np.median(total[:, 0])),
-        "speedup": float(np.median(total[:, 0] / total[:, 1])),
-    }
+    first, second = laps_of(prefill, decode)
+    return compared(first, second, request)

@@ -23,7 +23,7 @@ from prunus.errors import UserError
 from prunus.models.families import Family, full
 from prunus.models.slicing import layers_of
 from prunus.subnetwork import LayerShape, SubNetwork
-from prunus.timing.latency import unrest
+from prunus.timing.latency import Lap, Laps, unrest
 from prunus.timing.timetable import Grid, Phase, Request, Times, Timetable, rising, rising_table
 
 KNOTS = 6  # widths of the MLP that are timed; lines in between
@@ -81,6 +81,11 @@ def _few(widths: Sequence[int], n: int) -> tuple[int, ...]:
     if len(widths) <= n:
         return tuple(widths)
     return tuple(sorted({widths[round(k * (len(widths) - 1) / (n - 1))] for k in range(n)}))
+
+
+def laps_of(prefill: Array, decode: Array) -> list[Laps]:
+    """Times (rounds, networks) of whole forwards, by network."""
+    return [Laps([Lap(ms) for ms in a], [Lap(ms) for ms in b]) for a, b in zip(prefill.T, decode.T, strict=True)]
 
 
 def features(sub: SubNetwork, planned: Plan) -> Array:
