@@ -142,21 +142,23 @@ class Levels:
         return self._last[1]
 
     def __call__(self, sub: SubNetwork) -> Override:
+        return {key: new for i in range(len(sub.layers)) for key, new in self.of_layer(sub, i).items()}
+
+    def of_layer(self, sub: SubNetwork, i: int) -> dict[tuple[int, str], Tensor]:
+        """The writers of one layer; none, where hidden channels went or nothing is reformed."""
+        found, shape, kept = dict[tuple[int, str], Tensor](), sub.layers[i], sub.kept[i] if sub.kept else None
         if sub.hidden != self.d["hidden"] or self.method == "none":
-            return {}
-        override: dict[tuple[int, str], Tensor] = {}
-        for i, shape in enumerate(sub.layers):
-            kept = sub.kept[i] if sub.kept else None
-            heads = (
-                tuple((kept and kept.kv_heads) or range(shape.kv_heads)),
-                tuple((kept and kept.q_per_kv) or range(shape.q_per_kv)),
-            )
-            neurons = (kept and kept.mlp) or shape.mlp
-            if shape.attends and (len(heads[0]), len(heads[1])) != (self.whole.kv_heads, self.whole.q_per_kv):
-                override |= self._reformed(i, "attention", heads)
-            if shape.mlp and shape.mlp != self.whole.mlp:
-                override |= self._reformed(i, "mlp", neurons)
-        return override
+            return found
+        heads = (
+            tuple((kept and kept.kv_heads) or range(shape.kv_heads)),
+            tuple((kept and kept.q_per_kv) or range(shape.q_per_kv)),
+        )
+        neurons = (kept and kept.mlp) or shape.mlp
+        if shape.attends and (len(heads[0]), len(heads[1])) != (self.whole.kv_heads, self.whole.q_per_kv):
+            found |= self._reformed(i, "attention", heads)
+        if shape.mlp and shape.mlp != self.whole.mlp:
+            found |= self._reformed(i, "mlp", neurons)
+        return found
 
     def forget(self) -> None:
         """Give the memory of all cached levels back."""

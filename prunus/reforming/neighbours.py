@@ -49,12 +49,14 @@ def inherit(
     """
     whole, writers = dims(model.config), {family.attention_writer: "attention", family.mlp_writer: "mlp"}
     dense, layers = full(model.config), layers_of(model, family)
-    before = [database(n.sub) for n in neighbours]
     found: dict[tuple[int, str], Tensor] = {}
+    at, before = -1, list[Override]()
     for row in rows(model, family):
         i = row.layer
         if i is None or is_dropped(row.part, sub.layers[i]):
             continue
+        if i != at:  # layer by layer, while its Grams are at hand
+            at, before = i, [database.of_layer(n.sub, i) for n in neighbours]
         inside, shape = row.path.removeprefix(f"{family.layers}.{i}."), sub.layers[i]
         change = _change(row, (i, inside), whole, neighbours, before)
         path, _, name = inside.rpartition(".")

@@ -50,10 +50,17 @@ def closed_form(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = 0.0
     W_K' = W_K + W_P G_PK (G_KK + R)^-1, the limit of the paper's ADMM (Shen et al. 2024, eq. 7-9).
     """
     weight, kept = weight.to(gram.dtype), kept.to(gram.device)
-    own = weight[:, kept]
-    gram_k = gram[kept][:, kept]
-    lost = weight @ gram[:, kept] - own @ gram_k  # = W_P G_PK
-    return own + torch.cholesky_solve(lost.T, factor(gram_k + ridge(gram, damping)[kept].diag())).T
+    k = len(kept)
+    if bool((kept == torch.arange(k, device=kept.device)).all()):  # views instead of copies
+        own, gram_k, lost = weight[:, :k], gram[:k, :k], weight[:, k:] @ gram[k:, :k]
+    else:
+        gone = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+        gone[kept] = False
+        own, columns = weight[:, kept], gram[:, kept]
+        gram_k, lost = columns[kept], weight[:, gone] @ columns[gone]
+    system = gram_k.clone()
+    system.diagonal().add_(ridge(gram, damping)[kept])
+    return own + torch.cholesky_solve(lost.T, factor(system)).T
 
 
 def error_curve(weight: Tensor, gram: Tensor, damping: float = 0.0) -> Tensor:

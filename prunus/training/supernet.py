@@ -31,7 +31,6 @@ from prunus.steps import Session, measure_moments, sort_model, space_of_run
 from prunus.subnetwork import SubNetwork
 from prunus.texts.instructions import Windows, windows_of
 from prunus.training import adapters, draws
-from prunus.training.loop import Job, arguments, check_installed, fit, trainer_steps
 from prunus.training.teaching import Teacher
 
 WATCHED = (1.0, 0.5, 0.0)  # how far up its pool the networks stand that are watched while training
@@ -46,6 +45,8 @@ def check(s: Session, anew: bool = False) -> None:
     c = s.config.train
     if s.run.done("supernet") and not anew:
         return
+    from prunus.training.loop import check_installed  # transformers' Trainer takes seconds to import
+
     if not c.sort:
         raise UserError(
             "train.sort is false, but a run reads its widths as prefixes of the sorted super-network; the unsorted "
@@ -130,6 +131,8 @@ def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> None:
 
 
 def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> nn.Module:
+    from prunus.training.loop import Job, arguments, fit, trainer_steps
+
     c, dtype = s.config.train, next(s.model.parameters()).dtype
     some, holdout = windows(s)
     pool = _pool(s, ids, orders, space)
