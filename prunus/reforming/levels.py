@@ -181,8 +181,11 @@ class Levels:
 
     def reformed(self, i: int, which: str, shape: LayerShape, weight: Tensor) -> dict[tuple[int, str], Tensor]:
         """Another full weight (out, in) for one writer of layer i, reformed for the first units that a shape keeps."""
-        kept = shape.mlp if which == "mlp" else (tuple(range(shape.kv_heads)), tuple(range(shape.q_per_kv)))
-        return self._solved(i, which, kept, weight)
+        return self._solved(i, which, _first(which, shape), weight)
+
+    def inputs(self, which: str, shape: LayerShape) -> Tensor:
+        """Indices of the writer's inputs that a shape keeps, its first units."""
+        return self._inputs(which, _first(which, shape))
 
     def _solved(self, i: int, which: str, kept: object, weight: Tensor) -> dict[tuple[int, str], Tensor]:
         path = self.family.attention_writer if which == "attention" else self.family.mlp_writer
@@ -205,3 +208,7 @@ class Levels:
         if which == "mlp":
             return torch.arange(kept) if isinstance(kept, int) else torch.tensor(kept)
         return head_columns(self.d, torch.tensor(kept[0]), torch.tensor(kept[1]))
+
+
+def _first(which: str, shape: LayerShape) -> object:
+    return shape.mlp if which == "mlp" else (tuple(range(shape.kv_heads)), tuple(range(shape.q_per_kv)))

@@ -52,15 +52,33 @@ def closed_form(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = 0.0
     weight, kept = weight.to(gram.dtype), kept.to(gram.device)
     k = len(kept)
     if bool((kept == torch.arange(k, device=kept.device)).all()):  # views instead of copies
-        own, gram_k, lost = weight[:, :k], gram[:k, :k], weight[:, k:] @ gram[k:, :k]
+        own, lost = weight[:, :k], weight[:, k:] @ gram[k:, :k]
     else:
-        gone = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-        gone[kept] = False
-        own, columns = weight[:, kept], gram[:, kept]
-        gram_k, lost = columns[kept], weight[:, gone] @ columns[gone]
-    system = gram_k.clone()
+        gone = omitted(kept, len(gram))
+        own, lost = weight[:, kept], weight[:, gone] @ gram[gone][:, kept]
+    return own + torch.cholesky_solve(lost.T, _factor_of(gram, kept, damping)).T
+
+
+def carried(gram: Tensor, kept: Tensor, damping: float = 0.0) -> Tensor:
+    """G_PK (G_KK + R)^-1, shape (omitted, kept): `closed_form` is W_K + W_P times this, for any weight W."""
+    kept = kept.to(gram.device)
+    cross = gram[omitted(kept, len(gram))][:, kept]
+    return torch.cholesky_solve(cross.T, _factor_of(gram, kept, damping)).T
+
+
+def omitted(kept: Tensor, n: int) -> Tensor:
+    """The indices of 0..n-1 that are not kept, ascending."""
+    gone = torch.ones(n, dtype=torch.bool, device=kept.device)
+    gone[kept] = False
+    return gone.nonzero().flatten()
+
+
+def _factor_of(gram: Tensor, kept: Tensor, damping: float) -> Tensor:
+    k = len(kept)
+    prefix = bool((kept == torch.arange(k, device=kept.device)).all())
+    system = (gram[:k, :k] if prefix else gram[kept][:, kept]).clone()
     system.diagonal().add_(ridge(gram, damping)[kept])
-    return own + torch.cholesky_solve(lost.T, factor(system)).T
+    return factor(system)
 
 
 def error_curve(weight: Tensor, gram: Tensor, damping: float = 0.0) -> Tensor:

@@ -7,6 +7,7 @@ sec. 4.1: "calibrated" sampling; the linear grid is of its code).
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Bin:
 class Pool:
     """What sub-networks are drawn from."""
 
-    networks: tuple[SubNetwork, ...]  # smallest and largest among them; empty: drawn from the space anew each time
+    networks: tuple[SubNetwork, ...]  # from the smallest to the largest; empty: drawn from the space anew each time
     bins: tuple[Bin, ...] = ()
     attempts: int = 0
 
@@ -62,14 +63,16 @@ def magnitude(model: nn.Module, family: Family) -> Score:
     return score
 
 
-def fill(space: Space, cost: Cost, *, bins: int, draws: int, trials: int, rng: random.Random) -> tuple[list[Bin], int]:
-    """Up to `draws` different networks of every bin between the smallest and the largest, by rejection.
+def fill(
+    space: Space, cost: Cost, *, bins: int, draws: int, trials: int, rng: random.Random, least: float = 0.0
+) -> tuple[list[Bin], int]:
+    """Up to `draws` different networks of every bin between the smallest (or `least`) and the largest, by rejection.
 
     Random networks go into the bin that they fall into while it has room, which is what drawing for each bin until one
     falls into it gives, at less cost. Ends when all bins are full or after `trials` x `bins` attempts.
     Returns the bins, none of them decided yet, and the number of attempts.
     """
-    least, most = cost(space.smallest()), cost(space.largest())
+    least, most = max(least, cost(space.smallest())), cost(space.largest())
     if not least < most:
         raise UserError("all sub-networks of this space have one size, so there are no bins to draw from")
     found: list[dict[SubNetwork, None]] = [{} for _ in range(bins)]
@@ -77,8 +80,8 @@ def fill(space: Space, cost: Cost, *, bins: int, draws: int, trials: int, rng: r
     while attempts < trials * bins and missing:
         attempts += 1
         sub = space.sample(rng)
-        k = min(bins - 1, int((cost(sub) - least) / (most - least) * bins))
-        if len(found[k]) < draws and sub not in found[k]:
+        k = min(bins - 1, math.floor((cost(sub) - least) / (most - least) * bins))
+        if k >= 0 and len(found[k]) < draws and sub not in found[k]:
             found[k][sub] = None
             missing -= 1
     edges = [least + (most - least) * k / bins for k in range(bins + 1)]
@@ -94,6 +97,7 @@ def pool_of(
     draws: int = 10,
     trials: int = 1000,
     seed: int = 0,
+    least: float = 0.0,
     score: Score | None = None,
     advance: Callable[[int], None] = lambda n: None,
 ) -> Pool:
@@ -101,6 +105,7 @@ def pool_of(
 
     "random": the whole space; "grid": `bins` steps from the smallest to the largest along every gene at once;
     "grid-params": one random network of each bin; "calibrated-...": the one of `draws` in each bin with the best score.
+    least: cost of the smallest networks in the bins (default: the space's smallest, which then is in the pool).
     score: needed for the calibrated ones. advance is told the bins that are decided.
     Raises UserError where no bin holds any network.
     """
@@ -113,7 +118,7 @@ def pool_of(
     one = sampler == "grid-params"
     if not one and score is None:
         raise ValueError(f"{sampler} needs a score")
-    filled, attempts = fill(space, cost, bins=bins, draws=1 if one else draws, trials=trials, rng=rng)
+    filled, attempts = fill(space, cost, bins=bins, draws=1 if one else draws, trials=trials, rng=rng, least=least)
     if not any(b.candidates for b in filled):
         raise UserError(
             f"none of {attempts} draws fell into a bin; give more attempts (train.trials) or another --space"
@@ -126,7 +131,8 @@ def pool_of(
         decided.append(Bin(b.low, b.high, b.candidates, best))
         advance(1)
     chosen = [b.chosen for b in decided if b.chosen is not None]
-    return Pool(_unique([ends[0], *chosen, ends[1]]), tuple(decided), attempts)
+    smallest = [ends[0]] if cost(ends[0]) >= least else []
+    return Pool(_unique([*smallest, *chosen, ends[1]]), tuple(decided), attempts)
 
 
 def _unique(subs: Iterable[SubNetwork]) -> tuple[SubNetwork, ...]:
@@ -138,10 +144,12 @@ def draw_of(
 ) -> Callable[[random.Random], Sequence[SubNetwork | None]]:
     """The networks of one step, None for the full one, as a function of a generator.
 
-    "standard": the full network. "random": one drawn. "sandwich": full, `n_drawn` drawn, smallest (eq. 1 of the paper).
+    "standard": the full network. "random": one drawn. "sandwich": full, `n_drawn` drawn, smallest of the pool (or of
+    the space; eq. 1 of the paper).
     "sandwich-grid": full and `n_drawn` drawn (its code: 3).
     """
-    whole, least = space.largest(), space.smallest()
+    whole = space.largest()
+    least = pool.networks[0] if pool.networks else space.smallest()
 
     def one(rng: random.Random) -> SubNetwork | None:
         sub = rng.choice(pool.networks) if pool.networks else space.sample(rng)

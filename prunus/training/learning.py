@@ -39,6 +39,14 @@ class TrainConfig(Section):
     drawn: int = setting(2, "sub-networks drawn in each step", step="train", low=1)
     bins: int = setting(22, "bins of parameter counts", step="train", low=1)
     draws: int = setting(10, "candidates for each bin, the best of which is trained", step="train", low=1)
+    least: float = setting(
+        0.4, "the smallest networks of the bins, as a share of all parameters; 0: the smallest of the space",
+        step="train", low=0, high=0.99,
+    )  # fmt: skip
+    reformed: bool = setting(
+        True, "while training, too, sub-networks run with the reformed weights that they would be shipped with",
+        step="train",
+    )  # fmt: skip
     trials: int = setting(1000, "attempts to draw one before a bin is left empty", step="train", low=1)
     teacher: Literal["in-place", "dense"] = setting(
         "in-place", "what sub-networks imitate: the full network as it is in that step, or the model before training",

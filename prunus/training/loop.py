@@ -29,6 +29,7 @@ from prunus.models.families import Family
 from prunus.models.heads import Head, head_of, summed_loss
 from prunus.models.slicing import activate
 from prunus.recording.artefact import write_text
+from prunus.searching.objective import Weights
 from prunus.subnetwork import SubNetwork
 from prunus.texts.instructions import IGNORED, Windows
 from prunus.training import states
@@ -112,7 +113,8 @@ class SandwichTrainer(Trainer):
 
     draw: the sub-networks of a step, a function of a seeded generator alone, so that a resumed training draws alike.
     watched: held-out windows are scored with these. teacher: signals of a model that is not trained; without one and
-    with more than one pass, sub-networks learn from the full network's pass of the same step.
+    with more than one pass, sub-networks learn from the full network's pass of the same step. weights: tensors that
+    replace slices of the super-network in a sub-network, as `activate` takes them.
     """
 
     def __init__(
@@ -125,11 +127,12 @@ class SandwichTrainer(Trainer):
         watched: Mapping[str, SubNetwork | None],
         teacher: Teacher | None,
         holdout: Windows | None,
+        weights: Weights | None = None,
         **more: Any,
     ) -> None:
         super().__init__(model=network, args=args, data_collator=_stack, **more)
         self.network, self.family, self.draw = network, family, draw
-        self.watched, self.teacher, self.holdout = watched, teacher, holdout
+        self.watched, self.teacher, self.holdout, self.weights = watched, teacher, holdout, weights
         self._micro = (-1, 0)  # the step, and the batches of it that were seen
         self._earlier, self._start = 0.0, time.monotonic()
 
@@ -193,7 +196,8 @@ class SandwichTrainer(Trainer):
         if sub is None:
             yield
             return
-        with activate(self.network.model, self.family, sub):
+        override = self.weights(sub) if self.weights is not None else None
+        with activate(self.network.model, self.family, sub, override):
             yield
 
     def _refuse_nan(self, loss: Tensor, one: Pass) -> None:
@@ -290,6 +294,7 @@ class Job:
     watched: Mapping[str, SubNetwork | None] = field(default_factory=lambda: {"network": None})
     teacher: Teacher | None = None
     holdout: Windows | None = None
+    weights: Weights | None = None  # of a sub-network, where they are not plain slices
     advance: Callable[[int], None] = lambda n: None
     belongs_to: Mapping[str, Any] = field(default_factory=dict)  # what a resumed training must agree in
 
@@ -306,7 +311,7 @@ def fit(job: Job) -> Fitted:
         job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = SandwichTrainer(
         network, args, family=job.family, draw=job.draw, watched=job.watched, teacher=job.teacher, holdout=job.holdout,
-        train_dataset=Rows(job.windows), eval_dataset=Rows(job.holdout) if job.holdout else None,
+        weights=job.weights, train_dataset=Rows(job.windows), eval_dataset=Rows(job.holdout) if job.holdout else None,
         callbacks=[_Advance(job)],
     )  # fmt: skip
     for callback in (*trainer.callback_handler.callbacks,):

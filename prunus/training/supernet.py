@@ -31,6 +31,7 @@ from prunus.steps import Session, measure_moments, sort_model, space_of_run
 from prunus.subnetwork import SubNetwork
 from prunus.texts.instructions import Windows, windows_of
 from prunus.training import adapters, draws
+from prunus.training.nested import Nested
 from prunus.training.teaching import Teacher
 
 WATCHED = (1.0, 0.5, 0.0)  # how far up its pool the networks stand that are watched while training
@@ -152,6 +153,7 @@ def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) 
     job = Job(
         s.model, s.family, some, c, folder, seed=s.config.seed, teacher=teacher, holdout=holdout,
         draw=draw, watched=_watched(s, space, pool),
+        weights=Nested(s.model, s.family, sort_model(s, orders)) if c.reformed else None,
         belongs_to={"model": s.run.source.get("sha256"), "pool": [space.key(), *(n.key() for n in pool.networks)]},
     )  # fmt: skip
     with s.progress("training", trainer_steps(job, arguments(job))) as advance:
@@ -184,7 +186,7 @@ def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -
         with s.progress(f"networks to train, {c.sampler}", n) as advance:
             found = draws.pool_of(
                 space, cost, c.sampler, bins=c.bins, draws=c.draws, trials=c.trials, seed=s.config.seed,
-                score=_score(s, ids, orders), advance=advance,
+                least=c.least * cost(space.largest()), score=_score(s, ids, orders), advance=advance,
             )  # fmt: skip
         if found.empty:
             named = ", ".join(f"{low / 1e6:.3g}-{high / 1e6:.3g}" for low, high in found.empty)
