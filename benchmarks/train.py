@@ -2,12 +2,12 @@
 
     python benchmarks/train.py cost --model demo --train wiki.train.txt
     python benchmarks/train.py samplers --model demo --train rows.jsonl --text wiki.test.raw --steps 200
-    python benchmarks/train.py recover CHECKPOINT... --model demo --text wiki.test.raw --tasks piqa,boolq
+    python benchmarks/train.py recover [NAME=]CHECKPOINT... --model demo --text wiki.test.raw --tasks piqa,boolq
 
 `cost`: tokens a second, seconds of a sandwich step against a plain one and against its FLOPs. `samplers`: the ablation
 of Sukthanker et al. 2024 (arXiv:2410.06479v1, figure 3): the same steps for every way of drawing, perplexity of
 networks of several sizes, the untrained super-network beside it. `recover`: perplexities and task accuracies of
-checkpoints, those of `prunus recover` among them. Every part keeps the rows of the others that the results file holds.
+checkpoints, trained or not: by `prunus recover`, or in a super-network. Every part keeps the rows of the others that the results file holds.
 """
 
 from __future__ import annotations
@@ -242,7 +242,8 @@ def recovered(options: argparse.Namespace) -> list[dict[str, Any]]:
     cache = options.out / "recover.json"
     done: dict[str, dict[str, Any]] = json.loads(cache.read_text()) if cache.exists() else {}
     rows: list[dict[str, Any]] = []
-    for path in (options.model, *options.checkpoints):
+    for named in (options.model, *options.checkpoints):
+        name, _, path = named.rpartition("=")
         file = Path(path) / "model.safetensors"
         key = f"{path} {file.stat().st_mtime_ns if file.is_file() else ''} {options.tasks} {options.limit}"
         if key not in done:
@@ -254,7 +255,7 @@ def recovered(options: argparse.Namespace) -> list[dict[str, Any]]:
             for name, value in done[key].items()
             if name.startswith("ppl")
         }
-        rows.append({**done[key], **excess})
+        rows.append({**done[key], "checkpoint": name or Path(path).name, **excess})
     return rows
 
 
@@ -263,7 +264,8 @@ def judged(options: argparse.Namespace, path: str) -> dict[str, Any]:
     loaded = load(path, dtype=options.dtype, compress=False, device=options.device)
     ids = text_ids(options.text, loaded.tokenizer)
     manifest = Path(path) / "prunus.json"
-    note = json.loads(manifest.read_text()).get("recovery", {}) if manifest.is_file() else {}
+    origin = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    note = origin.get("recovery") or origin.get("train") or {}
     found = {
         "part": "recover", "checkpoint": Path(path).name, "trained": bool(note), "tokens": note.get("tokens", 0),
         "seconds": note.get("seconds", 0.0), "data": note.get("data"), "rank": note.get("settings", {}).get("rank"),

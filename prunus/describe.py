@@ -198,8 +198,10 @@ def _tier(s: Session) -> str:
 
 
 def manifest(s: Session, sub: SubNetwork, found: Network) -> dict[str, Any]:
-    """What the checkpoint remembers of its origin."""
+    """What the checkpoint remembers of its origin, its super-network's training included."""
+    trained = s.run.notes.get("train")
     return {
+        **({"train": trained} if trained else {}),
         "source": dict(s.run.source),
         "subnetwork": sub.to_json(),
         "seed": s.config.seed,
