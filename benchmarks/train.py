@@ -4,7 +4,8 @@
     python benchmarks/train.py samplers --model demo --train rows.jsonl --text wiki.test.raw --steps 200
     python benchmarks/train.py recover [NAME=]CHECKPOINT... --model demo --text wiki.test.raw --tasks piqa,boolq
 
-`cost`: tokens a second, seconds of a sandwich step against a plain one and against its FLOPs. `samplers`: the ablation
+`cost`: tokens a second, seconds of a sandwich step against a plain one and against its FLOPs, sub-networks reformed as
+they are in a run (`--plain`: prefixes). `samplers`: the ablation
 of Sukthanker et al. 2024 (arXiv:2410.06479v1, figure 3): the same steps for every way of drawing, perplexity of
 networks of several sizes, the untrained super-network beside it. `recover`: perplexities and task accuracies of
 checkpoints, trained or not: by `prunus recover`, or in a super-network. Every part keeps the rows of the others that
@@ -30,17 +31,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunus.evaluation import perplexity, text_ids
 from prunus.models import costs
-from prunus.models.families import family_of, full
+from prunus.models.families import Family, family_of, full
 from prunus.models.loading import load
 from prunus.models.slicing import activate, sort
+from prunus.models.stream import LayerStream
 from prunus.recording import pictures
-from prunus.scoring import importance
+from prunus.reforming.levels import Levels, save_grams, unsorted
+from prunus.scoring import importance, moments
 from prunus.searching.grids import grid_of
 from prunus.subnetwork import SubNetwork
 from prunus.texts.instructions import training_windows
 from prunus.training import adapters, draws
 from prunus.training.learning import TrainConfig
 from prunus.training.loop import Job, fit
+from prunus.training.nested import Nested
 
 # name -> (sorted by importance, strategy, sampler)
 WAYS: dict[str, tuple[bool, str, str]] = {
@@ -102,10 +106,12 @@ def cost(bench: Bench, folder: Path) -> list[dict[str, Any]]:
     layout, whole = costs.layout(model, family), full(model.config)
     share = [costs.parameters(layout, sub, "all") / costs.parameters(layout, whole, "all") for sub in subs]
     rows = []
+    database = None if bench.options.plain else moments_of(bench, model, family, folder)
     if bench.config.rank == 0:
         model.float()
     else:
         adapters.attach(model, family, rank=bench.config.rank)
+    weights = Nested(model, family, database) if database else None
     for name, plan in plans.items():
         steps = bench.options.repeats + 1
         seconds: list[float] = []
@@ -119,14 +125,14 @@ def cost(bench: Bench, folder: Path) -> list[dict[str, Any]]:
         config = TrainConfig(**{**vars(bench.config), "steps": steps})
         one = Job(
             model, family, bench.windows, config, folder / f"cost-{name.replace(' ', '-')}",
-            draw=lambda _, plan=plan: plan, advance=tick,
+            draw=lambda _, plan=plan: plan, advance=tick, weights=weights,
         )  # fmt: skip
         spent(one)
         with FlopCounterMode(display=False) as counter:
             again = TrainConfig(**{**vars(config), "steps": 1})
             spent(
                 Job(model, family, bench.windows, again, folder / f"flops-{name.replace(' ', '-')}",
-                    draw=lambda _, plan=plan: plan)
+                    draw=lambda _, plan=plan: plan, weights=weights)
             )  # fmt: skip
         tokens = config.batch * config.length
         rows.append(
@@ -144,6 +150,15 @@ def cost(bench: Bench, folder: Path) -> list[dict[str, Any]]:
         sandwich[f"{key}_of_the_parts"] = sandwich[key] / sum(row[key] for row in alone)
     sandwich["plain_steps"] = sandwich["seconds"] / rows[0]["seconds"]
     return rows
+
+
+def moments_of(bench: Bench, model: Any, family: Family, folder: Path) -> Levels:
+    """Second moments of a few windows, for the reformed weights of a model that is sorted already."""
+    folder = folder / "grams"
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = bench.windows.ids[:8].to(next(model.parameters()).device)
+    moments.collect(LayerStream(model, family), ids, lambda i, found: save_grams(found, folder, i))
+    return Levels(model, family, folder, orders=unsorted(model))
 
 
 def spent(job: Job) -> None:
@@ -356,6 +371,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="`cost`: sub-networks are not reformed")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "train.json")
     return parser.parse_args()
 

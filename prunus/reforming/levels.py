@@ -71,6 +71,16 @@ def order_layer(grams: Grams, attention: Tensor, mlp: Tensor, d: dict[str, int],
     return {"q_per_kv": inside, "kv_heads": outer, "mlp": neurons}
 
 
+def unsorted(model: Any) -> Orders:
+    """Orders of all layers of a model that is sorted already: (layers, ...) each, everything where it is."""
+    d, n = dims(model.config), int(model.config.num_hidden_layers)
+    return {
+        "kv_heads": torch.arange(d["kv_heads"]).repeat(n, 1),
+        "q_per_kv": torch.arange(d["q_per_kv"]).repeat(n, d["kv_heads"], 1),
+        "mlp": torch.arange(d["mlp"]).repeat(n, 1),
+    }
+
+
 def permute_grams(grams: Grams, orders: Orders, d: dict[str, int]) -> Grams:
     """The Grams as they are after `slicing.sort` with these orders."""
     columns = torch.stack([g[h] for g, h in zip(_columns(d), orders["q_per_kv"], strict=True)])[orders["kv_heads"]]

@@ -14,16 +14,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunus import machine
 from prunus.errors import UserError
 from prunus.evaluation import perplexity
 from prunus.models import checkpoint, costs
-from prunus.models.families import dims, full
+from prunus.models.families import full
 from prunus.models.slicing import activate, sort
 from prunus.recording.artefact import remove
+from prunus.reforming import levels
 from prunus.scoring import importance
 from prunus.searching.grids import Space, cuts_hidden
 from prunus.searching.objective import Divergence
@@ -100,12 +100,7 @@ def train(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> dict[str, Tenso
     _clear_states(s)
     s.tier = "-trained"
     measure_moments(s, ids, "train")
-    d, n = dims(s.model.config), len(s.stream)
-    return {
-        "kv_heads": torch.arange(d["kv_heads"]).repeat(n, 1),
-        "q_per_kv": torch.arange(d["q_per_kv"]).repeat(n, d["kv_heads"], 1),
-        "mlp": torch.arange(d["mlp"]).repeat(n, 1),
-    }
+    return levels.unsorted(s.model)
 
 
 def _clear_states(s: Session) -> None:
