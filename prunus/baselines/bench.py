@@ -133,7 +133,7 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
 
 def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """All rows of a bench, those of earlier commands too: the dense model, then by calibration, method and share."""
-    there = [load_json(record.path(file)) for file in record.manifest["artefacts"] if record.done(file)]
+    there = [_told(load_json(record.path(file))) for file in record.manifest["artefacts"] if record.done(file)]
     refused = [row for row in asked if "refused" in row and row not in there]
     order = (DENSE, *names())
     sources = list(dict.fromkeys(row.get("calibration", "") for row in there))
@@ -146,6 +146,12 @@ def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, A
             -row["kept"],
         ),
     )
+
+
+def _told(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what its tables show in other units."""
+    told = {"weights_mb": row["n_bytes"] / 1e6} if "n_bytes" in row else {}
+    return {**row, **told, **({"decoded": row["speed"]["small"]["decode"]} if "speed" in row else {})}
 
 
 def _spanned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:

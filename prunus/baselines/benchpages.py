@@ -59,8 +59,10 @@ COSTS = [
     ["seconds", "seconds", ",.1f"],
     ["forward_tokens", "forward tokens", ",d"],
     ["peak_mb", "peak memory, MB", ",.0f"],
+    ["weights_mb", "weights, MB", ",.0f"],
     ["prefill_speedup", "prefill speed", ".2f"],
     ["decode_speedup", "decode speed", ".2f"],
+    ["decoded", "decoded, tokens/s", ".1f"],
 ]
 
 

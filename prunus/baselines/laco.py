@@ -20,7 +20,7 @@ from prunus.models.slicing import extract
 
 MERGED, INTERVAL, LOWEST = 4, 2, 1  # C, I and L of the paper's tables
 TEXTS, LENGTH = 5, 64  # short texts that the similarity is taken from: the heads of calibration windows
-THRESHOLDS = [round(0.95 - 0.05 * k, 2) for k in range(40)]  # down to -1
+THRESHOLDS = [round(0.95 - 0.05 * k, 2) + 0.0 for k in range(40)]  # down to -1; never -0
 
 Layers = Mapping[int, nn.Module]  # those that are left, by their numbers in the dense model
 
