@@ -21,7 +21,7 @@ from prunus.scoring.moments import writer_weight
 from prunus.subnetwork import LayerShape, SubNetwork
 
 Place = slice | Tensor
-SHARE = 0.65  # of their change that pays in a network between them: the rest fits themselves alone (docs/lab.md)
+SHARE = 0.65  # of their change that pays in a network between them; the rest fits them alone (docs/lab-first-days.md)
 
 
 @dataclass(frozen=True)
