@@ -15,8 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import record
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from prunus.config import CompressConfig
@@ -26,6 +28,7 @@ from prunus.models.families import family_of, full
 from prunus.models.loading import load, load_configured
 from prunus.models.slicing import activate, sort
 from prunus.models.stream import LayerStream
+from prunus.recording import pictures
 from prunus.reforming.levels import Levels, save_grams, unsorted
 from prunus.scoring import moments
 from prunus.subnetwork import SubNetwork
@@ -62,10 +65,28 @@ def rows_of(
             with activate(model, family, sub, override):
                 nats = perplexity(model, held_out.flatten(), length=held_out.shape[1], bos=False).nats
             rows.append(
-                {"weights": f"{name}, {reading}", "kept_all": round(kept, 3), "nats": nats, "of": sub.to_json()}
+                {"weights": f"{name}, run {reading}", "kept_all": round(kept, 3), "nats": nats, "of": sub.to_json()}
             )
             print(rows[-1]["weights"], f"{kept:.3f} {nats:.4f}", flush=True)
     return rows
+
+
+def picture(rows: list[dict[str, Any]]) -> Figure:
+    """Loss against size: a colour for how the weights were trained, dashed where prefixes are plain."""
+    with mpl.rc_context(pictures.STYLE):
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        ax = figure.subplots()
+        for name in dict.fromkeys(row["weights"] for row in rows):
+            own = [(100 * row["kept_all"], row["nats"]) for row in rows if row["weights"] == name]
+            trained = name.rpartition(",")[0]
+            number = list(dict.fromkeys(row["weights"].rpartition(",")[0] for row in rows)).index(trained)
+            colour, marker = pictures.MARKS[number % len(pictures.MARKS)]
+            ax.plot(*zip(*own, strict=True), label=name, color=colour, marker=marker,
+                    linestyle="--" if name.endswith("plain") else "-")  # fmt: skip
+        ax.set_xlabel("share of all parameters (%)")
+        ax.set_ylabel("held-out loss (nats per token)")
+        ax.legend()
+        return figure
 
 
 def main() -> int:
@@ -74,6 +95,7 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN")
     parser.add_argument("--out", type=Path, default=Path("runs/prefixes"))
     parser.add_argument("--windows", type=int, default=16, help="calibration windows for the moments")
+    parser.add_argument("--picture", type=Path, help="FILE.png and FILE.svg")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "prefixes.json")
     options = parser.parse_args()
     runs = {name: Path(path) for name, _, path in (one.partition("=") for one in options.runs)}
@@ -98,6 +120,8 @@ def main() -> int:
         "note": f"Cross entropy, nats per token, of {held_out.ids.numel()} held-out tokens of the training text.",
     }  # fmt: skip
     record.write(options.results, rows, {"main": view})
+    if options.picture:
+        pictures.save(picture(rows), options.picture)
     return 0
 
 
