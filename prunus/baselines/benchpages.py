@@ -99,6 +99,8 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
                     style = _style(number, method, bool(own[0].get("structured")))
                     ax.plot(*zip(*points, strict=True), label=method, **style)
             ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("{x:g}")
             ax.set_title(f"calibrated on {source}")
             ax.set_xlabel("kept of the decoder blocks (%)")
             ax.set_ylabel(f"perplexity, windows of {value.removeprefix('ppl')} tokens")
