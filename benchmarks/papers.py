@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--length", default="512", help="tokens in a calibration window")
     parser.add_argument("--samples", default="64", help="windows, for `parts`")
+    parser.add_argument("--test-length", default="2048", help="tokens in a test window, of which there are 5")
     parser.add_argument("--keep", default="0.9,0.8")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "papers.json")
     options = parser.parse_args()
@@ -68,6 +69,7 @@ def main() -> int:
         if any(row["setting"] == title for row in rows):
             continue
         flags = {"model": options.model, "keep": options.keep, "test_text": options.text, **COMMON}
+        flags |= {"test_length": options.test_length}
         flags |= {"calibration.source": options.calibration, "calibration.length": options.length}
         flags |= {"calibration.samples": options.samples, "calibration.holdout": "16"}
         run = options.out / options.part / title.replace(" ", "-")
@@ -96,7 +98,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         **{part: {**pivot, "where": {"part": part}, "value": "kl_nats", "format": ".4f", "note": note}
            for part in ("samples", "parts")},
         **{f"{part}-perplexity": {**pivot, "where": {"part": part}, "value": "perplexity", "format": ".2f",
-                                  "note": "Perplexity, first 5 windows of 2048 tokens."}
+                                  "note": f"Perplexity, first 5 windows of {options.test_length} tokens."}
            for part in ("samples", "parts")},
     }  # fmt: skip
     kept = [row for row in old["rows"] if row["part"] != options.part]

@@ -91,6 +91,28 @@ def test_bins_hold_networks_of_their_size_and_the_best_is_chosen(name: str) -> N
     )
 
 
+def test_bins_begin_at_the_least_size_that_is_asked_for() -> None:
+    config = CONFIGS["llama"]()
+    model, space = tiny("llama"), grid_of(config, "groups")
+    layout = costs.layout(model, family_of(config))
+
+    def size(sub: SubNetwork) -> float:
+        return float(costs.parameters(layout, sub, "all"))
+
+    least = 0.6 * size(space.largest())
+    assert size(space.smallest()) < least
+    pool = draws.pool_of(space, size, "grid-params", bins=4, least=least)
+    sizes = [size(sub) for sub in pool.networks]
+    assert sizes == sorted(sizes)
+    assert sizes[0] >= least
+    assert pool.networks[-1] == space.largest()
+    assert pool.bins[0].low == least
+    draw = draws.draw_of(space, pool, "sandwich", 1)
+    assert draw(random.Random(0))[-1] == pool.networks[0]
+    all_sizes = draws.pool_of(space, size, "grid-params", bins=4)
+    assert all_sizes.networks[0] == space.smallest()
+
+
 def test_bins_cure_the_skew_of_sizes() -> None:
     """Of uniform draws of Llama-3.1-8B's joint space two thirds are in the lowest of 21 bins; of a binned pool, few."""
     space, d = grid_of(big(), "llama_joint"), 4096
