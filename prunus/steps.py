@@ -20,6 +20,7 @@ from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.models import checkpoint, costs
 from prunus.models.families import Family, dims, full
+from prunus.models.loading import say_if_float32
 from prunus.models.memory import give_back
 from prunus.models.slicing import sort
 from prunus.models.stream import LayerStream
@@ -131,6 +132,7 @@ def calibrate(s: Session) -> tuple[Tensor, Tensor]:
     c = s.config.calibration
 
     def compute() -> dict[str, Tensor]:
+        say_if_float32(s.model, s.config.dtype)
         source = calibration.auto_source() if c.source == "auto" else c.source
         s.run.note("calibration_source", source)
         n = c.samples + c.holdout

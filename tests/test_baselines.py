@@ -342,6 +342,21 @@ def test_laco_merges_layers_that_are_alike_without_loss() -> None:
     assert "threshold 0.95" in found.notes[0]
 
 
+def test_laco_runs_no_network_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    states = laco.states
+    monkeypatch.setattr(laco, "states", lambda *given: (ran.append(1), states(*given))[1])
+    s = subject()
+    found, spent = s.run(lambda: laco.compress(s, 0.5))
+    assert "threshold 0.95" not in found.notes[0]  # so several were tried
+    assert len(ran) <= 8  # the dense model's, three places, and those after a merge: not one for each threshold
+    ran.clear()
+    again, charged = s.run(lambda: laco.compress(s, 0.5))
+    assert len(ran) == 1
+    assert again.sub == found.sub
+    assert charged.forward_tokens == spent.forward_tokens  # as if it had been run alone
+
+
 # -------------------------------------------------------------------------------------------------------------- search
 
 

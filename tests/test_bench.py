@@ -239,6 +239,26 @@ def test_tables_do_not_let_masks_compete() -> None:
     assert "neither smaller nor faster" in found["ppl64-c-masks"]["note"]
 
 
+def test_two_texts_and_two_calibrations_are_four_panels() -> None:
+    dense: dict[str, Any] = {"method": "dense", "kept": 1.0, "ppl64": 4.0, "ppl64_b": 5.0, "ppl8": 9.0}
+    dense["perplexity"] = {"a.txt": {}, "b.txt": {}}
+    rows = [dense] + [
+        {"method": m, "kept_blocks": k, "ppl64": 8.0, "ppl64_b": 999.0, "calibration": c, "done": True,
+         "structured": True}
+        for m in ("prunus", "flap") for k in (0.5, 0.8) for c in ("c", "d")
+    ]  # fmt: skip
+    axes = benchpages.picture(rows).axes
+    assert [a.get_title("left") for a in axes] == ["calibrated on c", "calibrated on d"] * 2
+    assert [a.get_ylabel() for a in axes[::2]] == [f"perplexity, windows of 64 tokens of {n}" for n in ("a.txt", "b")]
+    drawn = [{line.get_label(): line for line in a.lines} for a in axes]
+    assert list(drawn[0]) == ["dense", "prunus", "flap"]
+    assert list(drawn[2]) == ["dense"]  # the others are more than thirty times worse
+    assert list(drawn[0]["flap"].get_xdata()) == [50.0, 80.0]
+    assert benchpages.views(rows)["ppl64_b-d"]["note"].startswith(
+        "Perplexity, windows of 64 tokens of b; calibrated on d"
+    )
+
+
 def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     with pytest.raises(UserError, match="knows no task 'no_such'"):

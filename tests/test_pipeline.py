@@ -114,6 +114,22 @@ def test_another_configuration_is_refused_by_name(run: tuple[Path, dict[str, Any
         compress(config(keep=(0.8, 0.6, 0.5), reform__damping=0.1), run[0])
 
 
+def test_float32_is_pointed_out_where_a_large_run_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(out: str, **changes: Any) -> bool:
+        caplog.clear()
+        with caplog.at_level("INFO", logger="prunus"):
+            compress(config(method="magnitude", keep=(0.8,), **changes), tmp_path / out)
+        return "--dtype bfloat16" in caplog.text
+
+    assert not said("small")
+    monkeypatch.setattr("prunus.models.loading.LARGE", 1)
+    assert said("large")
+    assert not said("large")  # goes on with what is there, whose type is settled
+    assert not said("chosen", dtype="float32")
+
+
 @pytest.mark.parametrize("keep", [0.008, 0.0005])
 def test_a_share_out_of_reach_is_refused_before_any_work(keep: float, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="out of reach"):

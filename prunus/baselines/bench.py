@@ -240,6 +240,7 @@ class _Bench:
         return found
 
     def dense(self) -> dict[str, Any]:
+        loading.say_if_float32(self.model, self.config.dtype)
         whole = parameters(self.model)
         return {
             "method": DENSE, "kept": 1.0, "kept_blocks": 1.0, "kept_all": 1.0, "parameters": whole["all"],

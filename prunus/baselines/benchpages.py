@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prunus.baselines.table import OURS
@@ -25,7 +26,7 @@ def views(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     pivot = {"title": "kept of the blocks", "index": "method", "across": "kept", **CORE}
     sources = list(dict.fromkeys(row["calibration"] for row in rows if "calibration" in row))
-    values = [key for key in rows[0] if key.startswith("ppl")] if rows else []
+    values = measures(rows[0]) if rows else {}
     for source in sources:
         for structured, kind in ((True, ""), (False, "-masks")):
             where = {"calibration": source, "done": True, "structured": structured}
@@ -33,10 +34,8 @@ def views(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 continue
             own = {**pivot, "where": where}
             of_masks = "" if structured else " Zeros in a dense network: neither smaller nor faster as it stands."
-            for key in values:
-                length, _, text = key.removeprefix("ppl").partition("_")
-                of = f" of {text}" if text else ""
-                note = f"Perplexity, windows of {length} tokens{of}; calibrated on {source}. Dense: {rows[0][key]:.2f}."
+            for key, what in values.items():
+                note = f"Perplexity, {what}; calibrated on {source}. Dense: {rows[0][key]:.2f}."
                 found[f"{key}-{source}{kind}"] = {**own, "value": key, "note": note + of_masks}
             if any("task_mean" in row for row in rows):
                 note = f"Mean score of the tasks; calibrated on {source}. Dense: {rows[0].get('task_mean', 0.0):.4f}."
@@ -78,35 +77,57 @@ def write(out: Path, data: Mapping[str, Any]) -> Path:
     return out / "bench.md"
 
 
-def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Perplexity against what is kept, a line for each method, a panel for each calibration; ours is the thick one.
+def measures(row: Mapping[str, Any]) -> dict[str, str]:
+    """The perplexities of a row by their keys ("ppl2048", of the second text "ppl2048_c4"), each in words."""
+    texts = list(row.get("perplexity", {}))
+    found = {}
+    for key in (key for key in row if key.startswith("ppl")):
+        length, _, text = key.removeprefix("ppl").partition("_")
+        name = text or (texts[0] if texts else "")
+        found[key] = f"windows of {length} tokens{f' of {name}' if name else ''}"
+    return found
 
-    Masks are grey: their networks are not smaller. Points of more than FAR times the dense perplexity are left out.
+
+def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Perplexity against what is kept: a line for each method, a panel for each calibration (columns) and text (rows).
+
+    Ours is the thick line. Masks are grey: their networks are not smaller. Windows of the first length asked for;
+    points of more than FAR times the dense perplexity are left out.
     """
-    value = next(key for key in rows[0] if key.startswith("ppl"))
-    dense, done = rows[0][value], [row for row in rows if row.get("done")]
+    known = measures(rows[0])
+    values = [key for key in known if key.partition("_")[0] == next(iter(known))]
+    done = [row for row in rows if row.get("done")]
     sources = list(dict.fromkeys(row["calibration"] for row in done))
-    methods = list(dict.fromkeys(row["method"] for row in done))
+    styles: dict[str, dict[str, Any]] = {}
+    for row in done:
+        styles.setdefault(row["method"], _style(len(styles), row["method"], bool(row.get("structured"))))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.6 * len(sources) + 2.2, 5.6), layout="constrained")
-        axes = figure.subplots(1, len(sources), squeeze=False)[0]
-        for ax, source in zip(axes, sources, strict=True):
-            ax.axhline(dense, color=GREY, linewidth=1, linestyle=":", label="dense")
-            for number, method in enumerate(methods):
-                own = [r for r in done if r["method"] == method and r["calibration"] == source]
-                points = sorted((100 * r["kept_blocks"], r[value]) for r in own if r[value] < FAR * dense)
-                if points:
-                    style = _style(number, method, bool(own[0].get("structured")))
-                    ax.plot(*zip(*points, strict=True), label=method, **style)
-            ax.set_yscale("log")
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("{x:g}")
-            ax.set_title(f"calibrated on {source}")
-            ax.set_xlabel("kept of the decoder blocks (%)")
-            ax.set_ylabel(f"perplexity, windows of {value.removeprefix('ppl')} tokens")
-        handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        size = (5.6 * len(sources) + 2.2, 5.2 * len(values) + 0.4)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots(len(values), len(sources), squeeze=False, sharey="row")
+        for line, value in zip(axes, values, strict=True):
+            for ax, source in zip(line, sources, strict=True):
+                _panel(ax, [r for r in done if r["calibration"] == source], styles, value, rows[0][value])
+                ax.set_title(f"calibrated on {source}")
+            line[0].set_ylabel(f"perplexity, {known[value]}")
+        named = [ax.get_legend_handles_labels() for ax in axes.flat]
+        handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
         figure.legend(list(handles.values()), list(handles), loc="outside right upper")
         return figure
+
+
+def _panel(
+    ax: Axes, rows: Sequence[Mapping[str, Any]], styles: Mapping[str, Mapping[str, Any]], value: str, dense: float
+) -> None:
+    ax.axhline(dense, color=GREY, linewidth=1, linestyle=":", label="dense")
+    for method, style in styles.items():
+        points = [(100 * r["kept_blocks"], r[value]) for r in rows if r["method"] == method and r[value] < FAR * dense]
+        if points:
+            ax.plot(*zip(*sorted(points), strict=True), label=method, **style)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.set_xlabel("kept of the decoder blocks (%)")
 
 
 def _style(number: int, method: str, structured: bool) -> dict[str, Any]:

@@ -9,7 +9,8 @@ The paper gives each model its own threshold; here the highest one in steps of .
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ TEXTS, LENGTH = 5, 64  # short texts that the similarity is taken from: the head
 THRESHOLDS = [round(0.95 - 0.05 * k, 2) + 0.0 for k in range(40)]  # down to -1; never -0
 
 Layers = Mapping[int, nn.Module]  # those that are left, by their numbers in the dense model
+Merge = tuple[int, tuple[int, ...]]  # the layer that takes over, and those that leave
 
 
 def compress(subject: Subject, keep: float, *, released: bool = False) -> Outcome:
@@ -50,7 +52,7 @@ def collapse(
     subject: Subject, dense: Layers, want: Tensor, probe: Tensor, n: int, threshold: float, released: bool
 ) -> Layers:
     """One run of the paper's algorithm 1 with a threshold; ends early where n layers have left."""
-    layers = dict(dense)
+    layers, history = dict(dense), tuple[Merge, ...]()
     size = min(MERGED, len(dense) - 1)
     place = len(layers) - size
     while place >= LOWEST and len(layers) > len(dense) - n:
@@ -60,18 +62,32 @@ def collapse(
         if not gone:
             place -= 1
             continue
-        base = numbers[place]
-        tried = {i: layer for i, layer in layers.items() if i not in gone}
-        tried[base] = merged(layers[base], [layers[i] for i in gone], released)
-        got = states(subject, tried, probe)
-        if float(torch.nn.functional.cosine_similarity(got, want, dim=-1).mean()) > threshold:
-            layers = tried
+        merge = (numbers[place], tuple(gone))
+        tried = partial(folded, layers, merge, released)
+        # other thresholds and shares come by the same networks, most of them by most
+        alike = subject.once(("laco", released, history, merge), partial(similarity, subject, tried, want, probe))
+        if alike > threshold:
+            layers, history = tried(), (*history, merge)
             place -= INTERVAL
             if place >= len(layers):
                 place = len(layers) - 1 - size
         else:
             place -= 1
     return layers
+
+
+def folded(layers: Layers, merge: Merge, released: bool) -> dict[int, nn.Module]:
+    """The layers after one more merge; those that are given stay as they are."""
+    base, gone = merge
+    found = {i: layer for i, layer in layers.items() if i not in gone}
+    found[base] = merged(layers[base], [layers[i] for i in gone], released)
+    return found
+
+
+def similarity(subject: Subject, tried: Callable[[], Layers], want: Tensor, probe: Tensor) -> float:
+    """Mean cosine of the last hidden states of the texts with the dense model's."""
+    got = states(subject, tried(), probe)
+    return float(torch.nn.functional.cosine_similarity(got, want, dim=-1).mean())
 
 
 def merged(base: nn.Module, others: list[nn.Module], released: bool) -> nn.Module:

