@@ -237,6 +237,7 @@ def quality(bench: Bench, model: Any, family: Any, sub: SubNetwork) -> dict[str,
     """Perplexity on the test text, and task accuracies where tasks are named."""
     o = bench.options
     found: dict[str, Any] = {}
+    model.to(getattr(torch, o.dtype))  # as it would be saved; training leaves float32
     with activate(model, family, sub):
         if o.text:
             result = perplexity(model, text_ids(o.text, bench.loaded.tokenizer), length=o.length, chunks=o.chunks)

@@ -25,6 +25,8 @@ Logits = Callable[[int, int], Tensor]  # (first position, end) -> logits (batch,
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in one forward
 PIECE = {"cpu": 2**24, "cuda": 2**27}  # numbers in one fp32 piece of logits
+PATIENCE = 8.0  # seconds that a measurement of speed may take for more turns than it must
+MOST_TURNS = 25
 
 
 @dataclass(frozen=True)
@@ -283,12 +285,18 @@ def _speed(seconds: Sequence[tuple[float, float]], prompt: int, batch: int, gene
 def _timed(
     models: Sequence[nn.Module], prompt: int, batch: int, generate: int, repeats: int
 ) -> list[list[tuple[float, float]]]:
-    """Seconds (prefill, decoding) of every model in every repeat; one more run before them warms up."""
+    """Seconds (prefill, decoding) of every model in every turn; one more before them warms up.
+
+    `repeats` turns, and while that took less than `PATIENCE` seconds more of them, at most `MOST_TURNS`: the shorter a
+    turn, the more another process on the device disturbs it.
+    """
     for model in models:
         check_length(model, prompt + generate)
     vocabulary = min(int(getattr(m.config, "vocab_size", 2)) for m in models)
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    runs = [[_once(m, ids, generate) for m in models] for _ in range(repeats + 1)]
+    runs, start = [[_once(m, ids, generate) for m in models]], time.perf_counter()
+    while len(runs) <= repeats or (len(runs) <= MOST_TURNS and time.perf_counter() - start < PATIENCE):
+        runs.append([_once(m, ids, generate) for m in models])
     return runs[1:]
 
 

@@ -6,7 +6,8 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -97,7 +98,8 @@ def evaluate_tasks(
     manager = manager_of(asked, path)
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    with _tied_already(model):
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     found: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(a.shots for a in asked):
         own = [a for a in asked if a.shots == shots]
@@ -112,6 +114,16 @@ def evaluate_tasks(
         "mean_se": math.sqrt(sum(e * e for e in errors)) / len(errors) if None not in errors else None,
         "limit": limit,
     }
+
+
+@contextmanager
+def _tied_already(model: Any) -> Iterator[None]:
+    """Let nobody tie weights anew: lm-eval asks for it, and an active sub-network has views where parameters were."""
+    model.tie_weights = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
 
 
 def manager_of(asked: Sequence[Asked], path: str | Path | None = None) -> Any:

@@ -19,6 +19,7 @@ from prunus.errors import UserError
 from prunus.fronts import volumes
 from prunus.models import costs, loading
 from prunus.models.families import family_of, full
+from prunus.models.slicing import activate, extract
 from prunus.picking import pick
 from prunus.pipeline import compress, step
 from prunus.recording.run import read_manifest
@@ -221,6 +222,20 @@ def test_task_accuracy_is_an_objective_with_its_standard_error(tmp_path: Path) -
     assert [row["n"] for row in both] == [12, 6, 6]
     assert both[0]["value"] == pytest.approx((both[1]["value"] + both[2]["value"]) / 2)
     assert found["dense"][0] == pytest.approx(1 - both[2]["value"])  # judged on the examples that no search has seen
+
+
+def test_tasks_can_be_asked_of_an_active_narrower_network(tmp_path: Path) -> None:
+    from prunus.tasks import asked_for, evaluate_tasks
+
+    loaded = loading.load(str(MODEL))  # its embedding is the output matrix too, and lm-eval asks to tie them anew
+    family, whole = family_of(loaded.model.config), full(loaded.model.config)
+    narrow = SubNetwork(hidden=whole.hidden // 2, layers=whole.layers)
+    asked, folder = asked_for(["arc_easy"]), task_folder(tmp_path / "tasks")
+    with activate(loaded.model, family, narrow):
+        there = evaluate_tasks(loaded.model, loaded.tokenizer, asked, path=folder)
+    alone = extract(loaded.model, family, narrow)
+    assert there["tasks"] == evaluate_tasks(alone, loaded.tokenizer, asked, path=folder)["tasks"]
+    loaded.model.tie_weights()  # its own again
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ from prunus.texts import calibration
 
 STEPS = ("rows",)
 DENSE = "dense"
-REPEATS = 3  # of the measurement of speed
 METHOD_STEPS = ("calibrate", "score", "reform", "search", "extract")  # of a run of ours: what its network took
 
 
@@ -272,7 +271,7 @@ class _Bench:
             found["tasks"] = scores
             found["task_mean"] = sum(one["score"] for one in scores.values()) / len(scores)
         if self.plan.speed and model is not self.model:
-            speed = compare_speed(self.model, model, repeats=REPEATS)
+            speed = compare_speed(self.model, model)
             found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode, "speed": asdict(speed)}
         return found
 
