@@ -38,9 +38,8 @@ def order_of(model: Any, run: Path, shrink: float, damping: float, block: int) -
     for i, layer in enumerate(stream.layers):
         weighted = []
         for which, path in (("attention", family.attention_writer), ("mlp", family.mlp_writer)):
-            own = fisher[which][i]
-            own = (1 - shrink) * own + shrink * own.diagonal().mean() * torch.eye(len(own))
-            weighted.append(moments.square_root(own) @ moments.writer_weight(layer, path).float())
+            root = moments.square_root(fisher[which][i], max(shrink, 0.01))
+            weighted.append(root @ moments.writer_weight(layer, path).float())
         grams = levels.read_grams(run / "grams", i, torch.device("cpu"))
         rows.append(levels.order_layer(grams, weighted[0], weighted[1], dims(model.config), damping, block))
     return {unit: torch.stack([row[unit].cpu() for row in rows]).contiguous() for unit in rows[0]}

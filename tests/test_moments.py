@@ -93,8 +93,12 @@ def test_fisher_predicts_the_change_of_the_loss(name: str) -> None:
 def test_square_root_squares_back() -> None:
     x = torch.randn(50, 6)
     second = x.T @ x
-    root = square_root(second, damping=0.0)
+    root = square_root(second, shrinkage=0.0)
     assert torch.allclose(root.T @ root, second, rtol=1e-4, atol=1e-4)
+    half, all_alike = square_root(second, shrinkage=0.5), square_root(second, shrinkage=1.0)
+    mean = second.diagonal().mean()
+    assert torch.allclose(half.T @ half, (second + mean * torch.eye(6)) / 2, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(all_alike, mean.sqrt() * torch.eye(6), rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
