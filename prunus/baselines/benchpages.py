@@ -66,12 +66,15 @@ COSTS = [
 
 
 def write(out: Path, data: Mapping[str, Any]) -> Path:
-    """bench.json, bench.png, bench.svg and bench.md in a directory; returns the path of bench.md."""
+    """bench.json, bench.md and their pictures (PNG and SVG) in a directory; returns the path of bench.md."""
     write_text(out / "bench.json", json.dumps(data, indent=1) + "\n")
     parts = ["# Rival methods and ours"]
     if any(row.get("done") for row in data["rows"]):
         pictures.save(picture(data["rows"]), out / "bench")
         parts.append("![perplexity against size](bench.png)")
+    if timed := [row for row in data["rows"] if row.get("structured") and "prefill_speedup" in row]:
+        pictures.save(speeds(data["rows"][0], timed), out / "bench-speed")
+        parts.append("![quality against speed, speed and memory against size](bench-speed.png)")
     parts += [f"## {name}\n\n{tables.view(data, name, 'bench.json')}" for name in data["views"]]
     write_text(out / "bench.md", "\n\n".join(parts) + "\n")
     return out / "bench.md"
@@ -111,6 +114,46 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 ax.set_title(f"calibrated on {source}")
             line[0].set_ylabel(f"perplexity, {known[value]}")
         named = [ax.get_legend_handles_labels() for ax in axes.flat]
+        handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
+        figure.legend(list(handles.values()), list(handles), loc="outside right upper")
+        return figure
+
+
+def speeds(dense: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """What the networks are worth on this device: quality against the speed of a prompt (Sukthanker et al. 2024, figure
+    1), speed of decoding and megabytes of weights against what is kept (Shen et al. 2024, figure 7).
+
+    dense: the dense model's row. rows: those of smaller networks whose speed was measured. Quality is the mean score of
+    the tasks where there are tasks, else perplexity, of the first length and text.
+    """
+    value = next(iter(measures(dense)))
+    quality = "task_mean" if all("task_mean" in row for row in rows) else value
+    near = rows if quality == "task_mean" else [row for row in rows if row[value] < FAR * dense[value]]
+    panels: list[tuple[Sequence[Mapping[str, Any]], str, str, str, str]] = [
+        (near, "prefill_speedup", "prompt, times as fast as the dense model", quality,
+         "mean score of the tasks" if quality == "task_mean" else f"perplexity, {measures(dense)[value]}"),
+        (rows, "kept_blocks", "kept of the decoder blocks (%)", "decode_speedup",
+         "decoding, times as fast as the dense model"),
+        (rows, "kept_blocks", "kept of the decoder blocks (%)", "weights_mb", "weights, MB"),
+    ]  # fmt: skip
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(15.6, 5.2), layout="constrained")
+        for ax, (shown, x, what, y, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+            for number, method in enumerate(methods):
+                by_hundred = 100 if x == "kept_blocks" else 1
+                points = [(by_hundred * row[x], row[y]) for row in shown if row["method"] == method and row.get(y)]
+                if points:
+                    ax.plot(*zip(*sorted(points), strict=True), label=method, **_style(number, method, True))
+            if dense.get(y):
+                ax.axhline(dense[y], color=GREY, linewidth=1, linestyle=":", label="dense")
+            if y == value:
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.set_minor_formatter("{x:g}")
+            ax.set_xlabel(what)
+            ax.set_ylabel(scale)
+        named = [ax.get_legend_handles_labels() for ax in figure.axes]
         handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
         figure.legend(list(handles.values()), list(handles), loc="outside right upper")
         return figure
