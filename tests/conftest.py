@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 
+from prunus import evaluation
+
 ALL_THREADS = torch.get_num_threads()
 
 
@@ -25,6 +27,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(ALL_THREADS if request.node.get_closest_marker("real") else 1)
     yield
     torch.set_num_threads(ALL_THREADS)
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few turns as may be where speed is measured: nothing here depends on how exact it is."""
+    monkeypatch.setattr(evaluation, "PATIENCE", 0.0)
 
 
 @pytest.fixture
