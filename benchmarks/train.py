@@ -25,8 +25,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import record
 import torch
+from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunus.evaluation import perplexity, text_ids
@@ -254,6 +256,26 @@ def quality(bench: Bench, model: Any, family: Any, sub: SubNetwork) -> dict[str,
     return found
 
 
+def picture(rows: list[dict[str, Any]], task: str | None) -> Figure:
+    """Loss, and one task, against size: a colour for each way of drawing, dashed where nothing was sorted first."""
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    plain = [way.removeprefix("importance-").removesuffix(", sorted") for way in ways]
+    with mpl.rc_context(pictures.STYLE):
+        shown = [("nats", "cross entropy on the test text (nats per token)")]
+        shown += [(task, f"accuracy, {task}")] if task else []
+        figure = Figure(figsize=(6.2 * len(shown), 4.8), layout="constrained")
+        for ax, (key, label) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            for way, name in zip(ways, plain, strict=True):
+                own = [(row["parameters"] / 1e6, row[key], row[f"{key}_se"]) for row in rows if row["way"] == way]
+                x, y, se = zip(*own, strict=True)
+                colour, marker = pictures.MARKS[list(dict.fromkeys(plain)).index(name) % len(pictures.MARKS)]
+                ax.errorbar(x, y, se, label=way, color=colour, marker=marker, linestyle="--" if way == name else "-")
+            ax.set_xlabel("all parameters (millions)")
+            ax.set_ylabel(label)
+        figure.axes[0].legend(fontsize="small")
+        return figure
+
+
 def recovered(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Perplexities and task accuracies of checkpoints, trained and not, beside the dense model's; resumable by row."""
     cache = options.out / "recover.json"
@@ -307,8 +329,8 @@ def judged(options: argparse.Namespace, path: str) -> dict[str, Any]:
     return found
 
 
-def views(tasks: list[str]) -> dict[str, Any]:
-    """How benchmarks/render.py shows the rows."""
+def views(tasks: list[str], asked: dict[str, float]) -> dict[str, Any]:
+    """How benchmarks/render.py shows the rows; asked: tasks of `samplers`, each with its largest standard error."""
     return {
         "cost": {
             "where": {"part": "cost"},
@@ -321,6 +343,14 @@ def views(tasks: list[str]) -> dict[str, Any]:
             "title": "share of all parameters", "where": {"part": "samplers"}, "index": "way", "across": "share",
             "across_format": ".0%", "value": "ppl", "format": ".2f", "best": "min",
             "note": "Perplexity; the same networks and the same steps in every row.",
+        },
+        **{
+            f"samplers-{task}": {
+                "title": "share of all parameters", "where": {"part": "samplers"}, "index": "way", "across": "share",
+                "across_format": ".0%", "value": task, "format": ".2f", "best": "max",
+                "note": f"Accuracy on {task}, standard errors at most {worst:.2f}.",
+            }
+            for task, worst in asked.items()
         },
         "recover": {
             "where": {"part": "recover"},
@@ -390,7 +420,14 @@ def main() -> int:
     rows_of_all = [*(row for row in before["rows"] if row["part"] != options.part), *rows]
     last = next((row for row in reversed(rows_of_all) if row["part"] == "recover"), {})
     scored = [key for key in last if f"{key}_se" in last and key != "mean"]
-    record.write(options.results, rows_of_all, views(scored), command="; ".join(commands.values()), commands=commands)
+    drawn = [row for row in rows_of_all if row["part"] == "samplers"]
+    asked = {key: max(row[f"{key}_se"] for row in drawn) for key in (drawn or [{}])[0] if f"{key}_se" in drawn[0]}
+    asked.pop("nats", None)
+    if options.part == "samplers":
+        pictures.save(picture(drawn, next(iter(asked), None)), options.out / "samplers")
+    record.write(
+        options.results, rows_of_all, views(scored, asked), command="; ".join(commands.values()), commands=commands
+    )
     for row in rows:
         print({k: round(v, 4) if isinstance(v, float) and math.isfinite(v) else v for k, v in row.items()})
     return 0

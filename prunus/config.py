@@ -94,7 +94,11 @@ class ReformConfig(Section):
         low=0,
     )
     shrinkage: float = setting(
-        0.5, "of the curvature to the identity, for texts unlike the calibration's", step="score", low=0.01, high=1.0
+        0.5,
+        "share of the curvature that gives way to the identity, for texts unlike the calibration's",
+        step="score",
+        low=0.01,
+        high=1.0,
     )
     openings: int = setting(
         1024, "single tokens that are fitted as first ones of a text, where attention sinks form", step="score", low=0

@@ -229,13 +229,10 @@ def _weighted_writers(s: Session, fisher: Mapping[str, Tensor], i: int) -> tuple
     found = []
     for which, path in (("attention", s.family.attention_writer), ("mlp", s.family.mlp_writer)):
         weight = moments.writer_weight(s.stream.layers[i], path).float()
-        found.append(_root(s, fisher[which][i]) @ weight if fisher else weight)
+        if fisher:
+            weight = moments.square_root(fisher[which][i], s.config.reform.shrinkage).to(s.device) @ weight
+        found.append(weight)
     return found[0], found[1]
-
-
-def _root(s: Session, fisher: Tensor) -> Tensor:
-    """What the errors of a writer's outputs are multiplied by, (width, width)."""
-    return moments.square_root(fisher, s.config.reform.shrinkage).to(s.device)
 
 
 def sort_model(s: Session, orders: Mapping[str, Tensor]) -> levels.Levels:

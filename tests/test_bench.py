@@ -263,22 +263,18 @@ def test_two_texts_and_two_calibrations_are_four_panels() -> None:
 def test_quality_stands_against_measured_speed() -> None:
     dense: dict[str, Any] = {"method": "dense", "kept": 1.0, "ppl64": 4.0, "perplexity": {"a.txt": {}}}
     rows: list[dict[str, Any]] = [
-        {
-            "method": m,
-            "kept_blocks": k,
-            "ppl64": p,
-            "prefill_speedup": 1 / k,
-            "decode_speedup": 1.1,
-            "weights_mb": 9 * k,
-        }
+        {"method": m, "calibration": "c", "kept_blocks": k, "ppl64": p, "prefill_speedup": 1 / k, "decode_speedup": 1.1,
+         "weights_mb": 9 * k}
         for m, k, p in (("prunus", 0.5, 8.0), ("prunus", 0.8, 5.0), ("flap", 0.8, 9.0), ("flap", 0.5, 999.0))
-    ]
+    ]  # fmt: skip
     quality, decoding, size = benchpages.speeds(dense, rows).axes
     drawn = {line.get_label(): line for line in quality.lines}
     assert list(drawn["prunus"].get_xdata()) == [1.25, 2.0]
     assert list(drawn["flap"].get_ydata()) == [9.0]  # the other is more than thirty times worse
     assert list(decoding.lines[1].get_ydata()) == [1.1, 1.1]  # but as fast as it is
     assert list(size.lines[0].get_xdata()) == [50.0, 80.0]
+    both = [*rows, *({**row, "calibration": "d"} for row in rows)]
+    assert [line.get_label() for line in benchpages.speeds(dense, both).axes[2].lines] == ["prunus", "flap"] * 2
     scored = [{**row, "task_mean": 0.4} for row in rows]
     assert benchpages.speeds({**dense, "task_mean": 0.5}, scored).axes[0].get_ylabel() == "mean score of the tasks"
 

@@ -156,6 +156,18 @@ def test_speed_is_positive_and_a_smaller_model_is_faster() -> None:
         measure_speed(small, prompt=61, generate=4)
 
 
+def test_short_turns_are_repeated_while_there_is_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    monkeypatch.setattr(evaluate, "_once", lambda *given: (ran.append(1), (0.5, 0.25))[1])
+    speed = measure_speed(tiny("llama"), prompt=8, generate=4, repeats=3)
+    assert len(ran) == 1 + 3  # one warms up; the tests have no patience
+    assert (speed.prefill, speed.decode) == (16, 16)
+    ran.clear()
+    monkeypatch.setattr(evaluate, "PATIENCE", 60.0)
+    measure_speed(tiny("llama"), prompt=8, generate=4, repeats=3)
+    assert len(ran) == 1 + evaluate.MOST_TURNS
+
+
 @needs_stories
 def test_evaluate_gives_plain_data(tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(STORIES)

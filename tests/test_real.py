@@ -41,7 +41,7 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
     assert network["kept_blocks"] == pytest.approx(0.8, abs=0.003)
     # 8 k calibration tokens give 1.53 times; what it must catch is a collapse: plain slices give thousands
     assert dense < small < 1.7 * dense
-    # measured at all; how fast belongs to benchmarks/: five turns of 0.2 s say .93 to 1.2 on a shared machine
+    # measured at all; how fast belongs to benchmarks/: prompts of 0.2 s said .93 to 1.2 on a shared machine
     assert network["prefill_speedup"] > 0 and network["decode_speedup"] > 0
     path = out / "models" / network["name"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}

@@ -113,17 +113,15 @@ def picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 _panel(ax, [r for r in done if r["calibration"] == source], styles, value, rows[0][value])
                 ax.set_title(f"calibrated on {source}")
             line[0].set_ylabel(f"perplexity, {known[value]}")
-        named = [ax.get_legend_handles_labels() for ax in axes.flat]
-        handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
-        figure.legend(list(handles.values()), list(handles), loc="outside right upper")
-        return figure
+        return _with_legend(figure)
 
 
 def speeds(dense: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Figure:
     """What the networks are worth on this device: quality against the speed of a prompt (Sukthanker et al. 2024, figure
     1), speed of decoding and megabytes of weights against what is kept (Shen et al. 2024, figure 7).
 
-    dense: the dense model's row. rows: those of smaller networks whose speed was measured. Quality is the mean score of
+    dense: the dense model's row. rows: those of smaller networks whose speed was measured; one line for each method and
+    calibration. Quality is the mean score of
     the tasks where there are tasks, else perplexity, of the first length and text.
     """
     value = next(iter(measures(dense)))
@@ -137,26 +135,38 @@ def speeds(dense: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Figur
         (rows, "kept_blocks", "kept of the decoder blocks (%)", "weights_mb", "weights, MB"),
     ]  # fmt: skip
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = list(dict.fromkeys((row["method"], row["calibration"]) for row in rows))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(15.6, 5.2), layout="constrained")
         for ax, (shown, x, what, y, scale) in zip(figure.subplots(1, 3), panels, strict=True):
-            for number, method in enumerate(methods):
-                by_hundred = 100 if x == "kept_blocks" else 1
-                points = [(by_hundred * row[x], row[y]) for row in shown if row["method"] == method and row.get(y)]
+            for line in lines:
+                own = [row for row in shown if (row["method"], row["calibration"]) == line]
+                points = [((100 if x == "kept_blocks" else 1) * row[x], row[y]) for row in own]
                 if points:
-                    ax.plot(*zip(*sorted(points), strict=True), label=method, **_style(number, method, True))
+                    style = _style(methods.index(line[0]), line[0], True)
+                    ax.plot(*zip(*sorted(points), strict=True), label=line[0], **style)
             if dense.get(y):
                 ax.axhline(dense[y], color=GREY, linewidth=1, linestyle=":", label="dense")
             if y == value:
-                ax.set_yscale("log")
-                ax.yaxis.set_major_formatter("{x:g}")
-                ax.yaxis.set_minor_formatter("{x:g}")
+                _logarithmic(ax)
             ax.set_xlabel(what)
             ax.set_ylabel(scale)
-        named = [ax.get_legend_handles_labels() for ax in figure.axes]
-        handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
-        figure.legend(list(handles.values()), list(handles), loc="outside right upper")
-        return figure
+        return _with_legend(figure)
+
+
+def _with_legend(figure: Figure) -> Figure:
+    """One legend beside all panels."""
+    named = [ax.get_legend_handles_labels() for ax in figure.axes]
+    handles = {label: handle for pair in named for handle, label in zip(*pair, strict=True)}
+    figure.legend(list(handles.values()), list(handles), loc="outside right upper")
+    return figure
+
+
+def _logarithmic(ax: Axes) -> None:
+    """Perplexities, in plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
 
 
 def _panel(
@@ -167,9 +177,7 @@ def _panel(
         points = [(100 * r["kept_blocks"], r[value]) for r in rows if r["method"] == method and r[value] < FAR * dense]
         if points:
             ax.plot(*zip(*sorted(points), strict=True), label=method, **style)
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
+    _logarithmic(ax)
     ax.set_xlabel("kept of the decoder blocks (%)")
 
 

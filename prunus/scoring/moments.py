@@ -180,7 +180,7 @@ def _only_activations(model: nn.Module, family: Family) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def square_root(second_moment: Tensor, shrinkage: float = 0.01) -> Tensor:
+def square_root(second_moment: Tensor, shrinkage: float) -> Tensor:
     """R with R^T R = (1 - s) F + s mean(diag F) I, so that ||R e||^2 weighs an output error e by its effect.
 
     `shrinkage` s in (0, 1]: towards the identity, as Ledoit and Wolf (2004) shrink a covariance of few samples; the
