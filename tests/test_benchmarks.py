@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from prunus.recording import tables
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -70,6 +72,26 @@ def test_blocks_are_drawn_from_the_files(renderer: ModuleType, pages: Path) -> N
     assert "| 80% | 36.2 |\n| 50% | 469.0 |" in other
     assert "old" not in other
     assert "No figures yet" in other
+
+
+def test_a_ruin_has_two_digits_and_a_part_its_own_command() -> None:
+    rows = [
+        {"part": p, "way": w, "ppl": v} for p, w, v in (("a", "x", 5754299.76), ("a", "y", 99999.9), ("b", "x", 1.0))
+    ]
+    one = {"where": {"part": "a"}, "columns": [["way", "way", ""], ["ppl", "ppl", ".2f"]]}
+    data = {
+        "rows": rows,
+        "views": {"one": one},
+        "machine": "m",
+        "versions": {},
+        "command": "a; b",
+        "commands": {"a": "a"},
+    }
+    text = tables.view(data, "one", "f.json")
+    assert "| x | 5.8e6 |\n| y | 99999.90 |" in text
+    assert "`a` on m" in text
+    assert tables.number(135213120, ",d") == "135,213,120"
+    assert tables.number(float("inf"), ".2f") == "inf"
 
 
 def test_check_finds_a_typed_number(renderer: ModuleType, pages: Path, capsys: pytest.CaptureFixture[str]) -> None:

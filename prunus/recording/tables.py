@@ -1,15 +1,18 @@
 """Floor 4: rows of a results file as Markdown tables: what `prunus bench` writes and `benchmarks/render.py` redraws.
 
-A results file has "rows" (plain data), "views" (how to show them), "command", "machine" and "versions"; the views are
-described in benchmarks/README.md.
+A results file has "rows" (plain data), "views" (how to show them), "command", "machine" and "versions", and "commands"
+where its parts have one each; the views are described in benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 from prunus.recording.report import table
+
+FAR = 1e5  # from here on a perplexity is a ruin's, and its digits say nothing
 
 
 def view(data: Mapping[str, Any], wanted: str, origin: str) -> str:
@@ -20,7 +23,8 @@ def view(data: Mapping[str, Any], wanted: str, origin: str) -> str:
     parts = [across(rows, one) if "across" in one else columns(rows, one)]
     parts += [one["note"]] if "note" in one else []
     versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
-    parts.append(f"`{data['command']}` on {data['machine']}; {versions}. Figures: `{origin}`.")
+    typed = data.get("commands", {}).get(one.get("where", {}).get("part"), data["command"])
+    parts.append(f"`{typed}` on {data['machine']}; {versions}. Figures: `{origin}`.")
     return "\n\n".join(parts)
 
 
@@ -58,7 +62,12 @@ def across(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
 
 
 def number(value: Any, form: str) -> str:
-    """A cell: a dash for what was not measured."""
+    """A cell: a dash for what was not measured, 1.2e5 for what has a fixed number of digits after the point and is huge."""
     if value is None:
         return "–"
-    return str(value) if isinstance(value, str) else format(value, form)
+    if isinstance(value, str):
+        return value
+    if form.endswith("f") and "," not in form and isfinite(value) and abs(value) >= FAR:
+        digits, _, power = f"{value:.1e}".partition("e")
+        return f"{digits}e{int(power)}"
+    return format(value, form)
