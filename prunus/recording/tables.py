@@ -62,7 +62,7 @@ def across(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
 
 
 def number(value: Any, form: str) -> str:
-    """A cell: a dash for what was not measured, 1.2e5 for what has a fixed number of digits after the point and is huge."""
+    """A cell: a dash for what was not measured; huge numbers of fixed digits after the point as 1.2e5."""
     if value is None:
         return "–"
     if isinstance(value, str):
