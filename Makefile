@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
 DEMO_OUT   ?= runs/demo
-DEMO_FLAGS ?= --keep 0.9 0.7 0.5 --dtype bfloat16 --samples 24 --length 512 --generations 1 --set calibration.holdout=6
+DEMO_FLAGS ?= --keep 0.9 0.7 0.5 --dtype bfloat16 --calibration generated --samples 24 --length 512 --generations 1 --set calibration.holdout=6
 
 TEST_JOBS ?= 2
 

@@ -8,6 +8,7 @@ from typing import Any
 from prunus.reforming import sensitivity
 from prunus.searching import search, shen
 from prunus.searching.allocate import allocate
+from prunus.searching.space import Cost
 from prunus.searching.study import Record
 from prunus.steps import RUNGS, Prepared, Session, slack
 from prunus.subnetwork import SubNetwork
@@ -113,31 +114,42 @@ def _run_method(
         )  # fmt: skip
 
 
-def allocated(s: Session, p: Prepared, budget: float, beliefs: Sequence[float] = BELIEFS) -> dict[SubNetwork, float]:
-    """The allocations that the curves call best within a budget, and the belief in the measured levels behind each."""
+def allocated(
+    s: Session, p: Prepared, budget: float, beliefs: Sequence[float] = BELIEFS, cost: Cost | None = None
+) -> dict[SubNetwork, float]:
+    """The allocations that the curves call best within a budget, and the belief in the measured levels behind each.
+
+    cost: what the budget limits; by default what the targets limit.
+    """
     found: dict[SubNetwork, float] = {}
+    own = cost or s.cost
     if p.space.uniform:
-        return dict.fromkeys(_allocated_uniform(s, p, budget), 1.0)
-    rest = s.cost(s.whole) - sum(curve.costs[0] for curve in p.curves)
-    if s.config.constraint.startswith("parameters"):
+        return dict.fromkeys(_allocated_uniform(p, own, budget), 1.0)
+    rest = own(s.whole) - sum(curve.costs[0] for curve in p.curves)
+    if cost is None and s.config.constraint.startswith("parameters"):
         price = [curve.costs for curve in p.curves]
     else:  # price every level by what it saves when taken alone
         rest = 0.0
-        whole = s.cost(s.whole)
+        whole = own(s.whole)
         price = [
             tuple(
-                whole / len(p.curves) - whole + s.cost(sensitivity.with_level(s.whole, c.layer, level))
+                whole / len(p.curves) - whole + own(sensitivity.with_level(s.whole, c.layer, level))
                 for level in c.levels
             )
             for c in p.curves
         ]
     for belief in beliefs if p.factors else beliefs[:1]:
-        found.setdefault(_within(s, p.believed(belief), price, budget, rest), belief)
+        found.setdefault(_within(s, own, p.believed(belief), price, budget, rest), belief)
     return found
 
 
 def _within(
-    s: Session, curves: Sequence[sensitivity.Curve], price: Sequence[Sequence[float]], budget: float, rest: float
+    s: Session,
+    cost: Cost,
+    curves: Sequence[sensitivity.Curve],
+    price: Sequence[Sequence[float]],
+    budget: float,
+    rest: float,
 ) -> SubNetwork:
     """The knapsack's answer; where prices of single levels do not quite add up (a layer that goes whole saves its
     frame too), it is asked again with what the true cost left over."""
@@ -146,7 +158,7 @@ def _within(
     for _ in range(ATTEMPTS):
         found = allocate(price, [curve.nats for curve in curves], max(asked, least))
         sub = sensitivity.subnetwork_of(curves, found.levels, s.whole.hidden)
-        spare = budget - s.cost(sub)
+        spare = budget - cost(sub)
         fits = spare >= -1e-12 * budget
         if fits and (best is None or sensitivity.predict(curves, sub) < sensitivity.predict(curves, best)):
             best = sub
@@ -171,7 +183,7 @@ def _prediction(
     return guess
 
 
-def _allocated_uniform(s: Session, p: Prepared, budget: float) -> list[SubNetwork]:
+def _allocated_uniform(p: Prepared, cost: Cost, budget: float) -> list[SubNetwork]:
     """The best few uniform networks by prediction, for every head count and depth the widest MLP that fits."""
     attention, widths, depths, hidden = p.space.genes
     found: list[SubNetwork] = []
@@ -179,7 +191,7 @@ def _allocated_uniform(s: Session, p: Prepared, budget: float) -> list[SubNetwor
         for a in range(len(attention.options)):
             for d in range(len(depths.options)):
                 fitting = (p.space.build((a, w, d, h)) for w in range(len(widths.options)))
-                best = next((sub for sub in fitting if s.cost(sub) <= budget), None)
+                best = next((sub for sub in fitting if cost(sub) <= budget), None)
                 if best is not None:
                     found.append(best)
         if found:  # the curves know nothing about hidden channels, so the fewest go

@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 
-from prunus.choosing import allocated, open_record
+from prunus.choosing import BELIEFS, allocated, open_record
 from prunus.errors import UserError
 from prunus.models import costs
 from prunus.models.slicing import activate
 from prunus.recording.artefact import load_json
 from prunus.recording.run import Run
+from prunus.reforming import sensitivity
 from prunus.searching import pareto
+from prunus.searching.moves import Window
 from prunus.searching.objective import IGNORED, Divergence
-from prunus.searching.options import TITLES
+from prunus.searching.options import MEASURED, TITLES
+from prunus.searching.space import Cost
 from prunus.searching.study import Judged, Ledger, Objective
 from prunus.steps import WINDOW, Prepared, Session, slack, timetable_of, widest_space
 from prunus.subnetwork import SubNetwork
@@ -33,6 +36,7 @@ from prunus.training import supernet
 
 FILE = "search/front.json"
 SEARCHED = 1  # the rung that candidates are judged on; the front is judged on held-out windows of the highest one
+STARTS = 2  # one of so many evaluations is an allocation
 BEYOND = 0.1  # how far behind the worst of all fronts the reference of a hypervolume lies, in shares of their span
 Held = tuple[float, float | None]  # a value, and its standard error where it has one
 
@@ -74,21 +78,20 @@ def search_front(s: Session, p: Prepared, chosen: Mapping[str, SubNetwork]) -> d
 
     chosen: the networks of the targets; the search begins from them and from allocations of sizes between them.
     """
-    c, whole = s.config.front, s.cost(s.whole)
-    window = c.least * whole, (1 - slack(s)) * whole  # without the dense model, which nobody must find
+    c = s.config.front
 
     def compute() -> dict[str, Any]:
-        axes = [_axis(s, p, name) for name in c.objectives]
-        n = max(3, 3 * c.population // 4 - len(chosen))
-        budgets = [window[0] + (window[1] - window[0]) * k / (n - 1) for k in range(n)]
-        starts = [*chosen.values(), *(next(iter(allocated(s, p, budget))) for budget in budgets)]
+        computed = {name: _cost(s, name) for name in c.objectives if name not in MEASURED}
+        axes = [_axis(s, p, name, computed) for name in c.objectives]
+        sizes = [(cost, _window(s, p, cost)) for cost in computed.values() or [s.cost]]
+        starts = [*chosen.values(), *_starts(s, p, sizes, c.evaluations // STARTS - len(chosen))]
         sides: dict[str, Any] = {}
         methods: dict[str, pareto.Method] = {"searched": c.method, "control": "random"}
         with s.progress(f"front of {', '.join(c.objectives)}", 2 * c.evaluations) as advance:
             for side, method in methods.items():
                 points = pareto.explore(
-                    p.space, [axis.search for axis in axes], s.cost, method, window, start=starts,
-                    n_trials=c.evaluations, batch=c.population, seed=s.config.seed,
+                    p.space, [axis.search for axis in axes], sizes[0][0], method, sizes[0][1], others=sizes[1:],
+                    start=starts, predict=_guess(p), n_trials=c.evaluations, batch=c.population, seed=s.config.seed,
                     tell=lambda _: advance(c.population),
                 )  # fmt: skip
                 sides[side] = _side(s, axes, points)
@@ -106,6 +109,33 @@ def search_front(s: Session, p: Prepared, chosen: Mapping[str, SubNetwork]) -> d
         return numbered(found)
 
     return numbered(s.run.do("front", FILE, compute, inputs={"errors": s.run.sha256("errors.safetensors")}))
+
+
+def _window(s: Session, p: Prepared, cost: Cost) -> Window:
+    """The costs of a front's networks: down to `front.least` of the dense model's, or as near as the space comes."""
+    whole = cost(s.whole)
+    return max(s.config.front.least * whole, p.space.reach(cost)[0]), (1 - slack(s)) * whole  # not the dense model
+
+
+def _starts(s: Session, p: Prepared, sizes: Sequence[tuple[Cost, Window]], n: int) -> dict[SubNetwork, None]:
+    """Allocations of evenly spread sizes, by every cost, with every belief in the measured levels: n or a few more."""
+    found: dict[SubNetwork, None] = {}
+    beliefs = BELIEFS if p.factors and not p.space.uniform else BELIEFS[:1]
+    each = max(3, n // (len(sizes) * len(beliefs)))
+    for cost, (low, high) in sizes:
+        for k in range(each):
+            budget = low + (high - low) * (k + 0.5) / each
+            some = allocated(s, p, budget, beliefs, None if cost == s.cost else cost)
+            found |= dict.fromkeys(list(some)[: len(beliefs)])
+    return found
+
+
+def _guess(p: Prepared) -> Callable[[SubNetwork], float] | None:
+    """The curves' guess of a divergence; none where hidden channels may go, which they know nothing about."""
+    if len(p.space.hidden) > 1:
+        return None
+    curves = p.believed(0.5)
+    return lambda sub: sensitivity.predict(curves, sub)
 
 
 def numbered(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,8 +216,8 @@ def _side(s: Session, axes: Sequence[Axis], points: Sequence[pareto.Point]) -> d
 # --------------------------------------------------------------------------------------------------------------- axes
 
 
-def _axis(s: Session, p: Prepared, name: str) -> Axis:
-    """One objective by its name in the configuration."""
+def _axis(s: Session, p: Prepared, name: str, computed: Mapping[Any, Cost]) -> Axis:
+    """One objective by its name in the configuration; computed: those that are no measurements."""
     if name in ("kl", "perplexity"):
         kind: Any = "kl" if name == "kl" else "ppl"
         windows = replace(p.objective, weights=p.database, kind=kind, forward_tokens=0.0)
@@ -196,7 +226,7 @@ def _axis(s: Session, p: Prepared, name: str) -> Axis:
         return _of_tokens(s, p, name, _labelled(s, p), 0)
     if name == "accuracy":
         return _of_tasks(s, p)
-    return _of_cost(name, _cost(s, name))
+    return _of_cost(name, computed[name])
 
 
 def _of_tokens(
@@ -281,11 +311,11 @@ def _of_tasks(s: Session, p: Prepared) -> Axis:
     return Axis("accuracy", lambda subs: [one.value for one in ledger.judge(subs, 0, 0)], held)
 
 
-def _of_cost(name: str, cost: Callable[[SubNetwork], float]) -> Axis:
+def _of_cost(name: str, cost: Cost) -> Axis:
     return Axis(name, lambda subs: [cost(sub) for sub in subs], lambda subs: [(cost(sub), None) for sub in subs])
 
 
-def _cost(s: Session, name: str) -> Callable[[SubNetwork], float]:
+def _cost(s: Session, name: str) -> Cost:
     """What is computed, not measured on candidates."""
     if name == "latency":
         return (s.timetable or timetable_of(s)).request_ms

@@ -176,6 +176,8 @@ def _evaluated(
             samples=samples, log_samples=False, bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
             torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
+    except UserError:
+        raise
     except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
         hint = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "is the hub reachable?"

@@ -147,6 +147,25 @@ def test_rows_say_what_they_cost_and_how_to_make_them(texts: tuple[str, str], tm
 
 
 @needs_model
+def test_a_network_that_cannot_be_measured_is_a_row_and_the_others_go_on(
+    texts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, seen = bench._Bench.measured, list[Any]()
+
+    def fails(self: Any, model: Any) -> dict[str, Any]:
+        seen.append(model)
+        if len(seen) == 2:  # the dense model is first
+            raise UserError("the model gives NaN")
+        return measure(self, model)
+
+    monkeypatch.setattr(bench._Bench, "measured", fails)
+    found = run(config(texts[0]), plan(texts, "magnitude", "shortgpt", keeps=(0.8,)), tmp_path / "out")
+    _, first, second = found["rows"]
+    assert not first["done"] and first["refused"] == "the network cannot be measured: the model gives NaN"
+    assert second["done"]
+
+
+@needs_model
 def test_ours_is_a_run_beside_the_rows_and_beats_plain_slicing(texts: tuple[str, str], tmp_path: Path) -> None:
     found = run(config(texts[0]), plan(texts, OURS, "magnitude", keeps=(0.6,)), tmp_path / "out")
     rows = {r["method"]: r for r in found["rows"]}

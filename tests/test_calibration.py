@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import string
@@ -265,6 +266,9 @@ def test_the_default_source_needs_no_hub_when_there_is_none(monkeypatch: pytest.
     monkeypatch.delenv("HF_DATASETS_OFFLINE", raising=False)
     monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: None)
     assert calibration.auto_source() == "wikitext2"
+    with monkeypatch.context() as without:  # as after `make demo`, which installs no reader of data sets
+        without.setattr(importlib.util, "find_spec", lambda name: None)
+        assert calibration.auto_source() == "generated"
 
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no route")

@@ -334,7 +334,11 @@ class _Source:
         except UserError as error:  # a share that a method cannot reach: the others go on
             return {"done": False, "refused": str(error)}
         found = _described(outcome, spent, self.bench.model)
-        return {"done": True, **found, "structured": baseline.structured, **self.bench.measured(outcome.model)}
+        try:
+            measured = self.bench.measured(outcome.model)
+        except UserError as error:  # a network that gives NaN, say: that is a result too
+            return {"done": False, "refused": f"the network cannot be measured: {error}"}
+        return {"done": True, **found, "structured": baseline.structured, **measured}
 
     def ours(self, keep: float) -> dict[str, Any]:
         """From a run of `compress` beside the rows, which makes the networks of all shares together."""

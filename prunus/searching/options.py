@@ -31,9 +31,9 @@ class FrontConfig(Section):
     objectives: tuple[Axis, ...] = setting(
         (), "two or three of these to minimise together, over all sizes; none: no front", step="front", flag="front"
     )
-    method: Literal["nsga2", "tpe", "local"] = setting(
-        "nsga2", "what searches the front: two samplers of Optuna, or Pareto local search", step="front",
-        flag="front-method",
+    method: Literal["levels", "nsga2", "tpe", "local"] = setting(
+        "levels", "what searches the front: level switches at every size, samplers of Optuna, or Pareto local search",
+        step="front", flag="front-method",
     )  # fmt: skip
     evaluations: int = setting(
         200, "networks that are judged, and as many again for the random-search control", step="front",
@@ -41,8 +41,8 @@ class FrontConfig(Section):
     )  # fmt: skip
     population: int = setting(20, "networks of a generation, which several processes share", step="front", low=2)
     least: float = setting(
-        0.4, "the smallest networks of the front, as a share of what the targets limit", step="front",
-        flag="front-least", above=0, high=0.99,
+        0.4, "the smallest networks of the front, as a share of the dense model by its first computed objective",
+        step="front", flag="front-least", above=0, high=0.99,
     )  # fmt: skip
     tasks: tuple[str, ...] = setting(
         (), "tasks of lm-eval, or a suite, for the objective `accuracy`; never those that you will report",

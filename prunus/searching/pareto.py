@@ -1,4 +1,5 @@
-"""Floor 3: fronts: several things minimised together, by Optuna's samplers, Pareto local search, or at random.
+"""Floor 3: fronts: several things minimised together: level switches at every size, samplers of Optuna, Pareto local
+search, or at random.
 
 Deterministic in the seed and in what is measured, as `search.py`: called again on the same record, it resumes. Whole
 batches are measured at once, so that several processes can share them.
@@ -9,24 +10,29 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, TypeVar
 
 import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from prunus.searching.moves import Prices, Window, fit, mutate, scatter
+from prunus.searching.moves import Predict, Prices, Window, fit, mutate, scatter
 from prunus.searching.space import Cost, Levels, SearchSpace
 from prunus.searching.study import Ledger, Objective, Record, Tell, Trial
 from prunus.subnetwork import SubNetwork
 
-Method = Literal["nsga2", "tpe", "local", "random"]
+Method = Literal["levels", "nsga2", "tpe", "local", "random"]
 Measure = Callable[[Sequence[SubNetwork]], Sequence[float]]  # lower is better
 T = TypeVar("T")
 STEP = 0.5  # greatest change of one sub-block in a local move, in shares of an average whole sub-block
+OVERSAMPLE = 8  # mutants of which the prediction chooses one
+UNGUIDED = 0.25  # share of the offspring taken at random, whatever the prediction says
+SWAPS = (1, 3)  # of one mutant
+CROSSED = 0.5  # share of the mutants that take half of their genes from another member of the front
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,9 @@ def explore(
     method: Method,
     window: Window,
     *,
+    others: Sequence[tuple[Cost, Window]] = (),
     start: Sequence[SubNetwork] = (),
+    predict: Predict | None = None,
     n_trials: int = 200,
     batch: int = 20,
     seed: int = 0,
@@ -54,32 +62,95 @@ def explore(
 
     window: the costs (lo, hi) that candidates are kept inside. start: networks to begin with; "random", the control,
     takes none: its networks have evenly spread costs. batch: measured together; the population of "nsga2".
+    others, predict: for "levels" alone: further costs that its mutants are spread over in turn, each with its window;
+    and a cheap guess of the first axis, which chooses between mutants of about the same cost.
     """
     if method in ("nsga2", "tpe"):
         own = sampler(method, batch, seed)
         return guided(
             space, axes, cost, own, window=window, start=start, n_trials=n_trials, batch=batch, seed=seed, tell=tell
         )
-    prices, rng = Prices(space, cost), random.Random(f"{method} front {seed}")
+    rng, prices = random.Random(f"{method} front {seed}"), Prices(space, cost)
+    sizes = [(prices, window), *((Prices(space, one), own) for one, own in others)]
     found: dict[SubNetwork, Point] = {}
-    fresh = [sub for sub in (fit(prices, s, window, rng) for s in start) if sub is not None]
+    moved = (fit(prices, sub, window, rng) for sub in start if method != "random")
+    fresh, generation = list(dict.fromkeys(sub for sub in moved if sub is not None)), 0
     while len(found) < n_trials:
-        best = front(found.values(), lambda p: p.values) if method == "local" else []
-        subs = dict.fromkeys(fresh if method == "local" and not found else ())
-        for _ in range(20 * batch):
-            if len(subs) >= min(batch, n_trials - len(found)):
-                break
-            sub = _neighbour(prices, rng.choice(best).subnetwork, window, rng) if best else None
-            sub = sub or scatter(prices, window, rng)
-            if sub not in found:
-                subs[sub] = None
+        n = min(batch, n_trials - len(found))
+        points = [] if method == "random" else front(found.values(), lambda p: p.values)
+        best = [point.subnetwork for point in points]
+        if fresh:
+            subs, fresh = fresh[:n], fresh[n:]
+        elif method == "levels" and best:
+            subs = _spread(*sizes[generation % len(sizes)], best, found, predict, n, rng)
+        else:
+            subs = _drawn(prices, window, best, found, n, rng)
         if not subs:
             break  # the space has no other networks
-        some = list(subs)[: n_trials - len(found)]
-        found |= {point.subnetwork: point for point in measured(some, axes)}
+        found |= {point.subnetwork: point for point in measured(subs, axes)}
+        generation += 1
         if tell is not None:
             tell(f"{method} {len(found)}/{n_trials}")
     return list(found.values())
+
+
+def _drawn(
+    prices: Prices, window: Window, best: Sequence[SubNetwork], found: Container[SubNetwork], n: int, rng: random.Random
+) -> list[SubNetwork]:
+    """New neighbours of random members of a front; of an empty one, random networks of evenly spread costs."""
+    subs: dict[SubNetwork, None] = {}
+    for _ in range(20 * n):
+        if len(subs) == n:
+            break
+        sub = _neighbour(prices, rng.choice(best), window, rng) if best else None
+        sub = sub or scatter(prices, window, rng)
+        if sub not in found:
+            subs[sub] = None
+    return list(subs)
+
+
+def _spread(
+    prices: Prices,
+    window: Window,
+    best: Sequence[SubNetwork],
+    found: Container[SubNetwork],
+    predict: Predict | None,
+    n: int,
+    rng: random.Random,
+) -> list[SubNetwork]:
+    """One new network in each of n parts of the window: a mutant of the members of the front that are nearest.
+
+    Uniform parents crowd where a front has most members, which is where it was found easily; here every size has the
+    same number of attempts. The parts are equal but for the outermost, and lie elsewhere in every generation, because
+    the best network of a part is nearly always of its greatest cost. Mutants are level switches, as those of
+    `search.levels`, settled inside their part.
+    """
+    space, (low, high) = prices.space, window
+    shift = (rng.random() - 0.5) / n
+    inner = [low + (high - low) * (k / n + shift) for k in range(1, n)]
+    step = STEP * prices.cost(space.largest()) / max(1, len(space.genes) - 1)
+    sizes = {sub: prices.cost(sub) for sub in best}
+    chosen: dict[SubNetwork, None] = {}
+    for part in pairwise((low, *inner, high)):
+        middle = sum(part) / 2
+        inside = [sub for sub in best if part[0] <= sizes[sub] <= part[1]]
+        parents = inside or sorted(best, key=lambda sub: abs(sizes[sub] - middle))[:2]
+        mutants: dict[SubNetwork, None] = {}
+        for _ in range(OVERSAMPLE):
+            levels, n_swaps = space.levels(rng.choice(parents)), rng.randint(*SWAPS)
+            if rng.random() < CROSSED:
+                other = space.levels(rng.choice(best))
+                levels, n_swaps = tuple(rng.choice(pair) for pair in zip(levels, other, strict=True)), n_swaps - 1
+            moved = mutate(prices, levels, part, rng, step=step, n_swaps=n_swaps, leap=0.1)
+            if predict is None and rng.random() < UNGUIDED:  # no allocation knows about hidden channels, say
+                random_one = fit(prices, space.sample(rng), part, rng)
+                moved = None if random_one is None else space.levels(random_one)
+            if moved is not None:
+                mutants[space.build(moved)] = None
+        new = [sub for sub in mutants if sub not in found and sub not in chosen]
+        if new:
+            chosen[new[0] if predict is None or rng.random() < UNGUIDED else min(new, key=predict)] = None
+    return list(chosen) or _drawn(prices, window, best, found, n, rng)
 
 
 def _neighbour(prices: Prices, sub: SubNetwork, window: Window, rng: random.Random) -> SubNetwork | None:

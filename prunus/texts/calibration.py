@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import random
@@ -134,9 +135,13 @@ def needs_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def auto_source() -> str:
-    """ "wikitext2" where a hub answers, "generated" where none does (or where HF_HUB_OFFLINE is set)."""
+    """ "wikitext2" where a hub answers, "generated" where none does (or where HF_HUB_OFFLINE is set), or where the
+    package that reads it is missing (`prunus[hub]`).
+    """
     from huggingface_hub import HfApi, constants
 
+    if importlib.util.find_spec("datasets") is None:
+        return "generated"
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_DATASETS_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return "generated"
     try:
