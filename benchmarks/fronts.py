@@ -50,7 +50,7 @@ def main() -> int:
     options = parser.parse_args()
     found = json.loads((options.run / "search" / "front.json").read_text())
     manifest = json.loads((options.run / "manifest.json").read_text())["config"]
-    first, second = found["objectives"][:2]
+    second = found["objectives"][1]
     shares = {side: found[side]["hypervolume"] for side in ("searched", "control")}
     view = {
         "title": f"{second}, at most, of the dense model's", "index": "search", "across": "share",
