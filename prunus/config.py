@@ -291,7 +291,7 @@ class CompressConfig(Section):
     uniform: bool = setting(
         False, "only networks that a stock configuration can describe (all layers alike)", step="search", flag="uniform"
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", step=ANYWHERE, flag="device")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1", step=ANYWHERE, flag="device")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "of the weights; auto is what the checkpoint was saved in", step="calibrate", flag="dtype"
     )

@@ -359,6 +359,7 @@ def test_every_unusable_model_gets_its_own_sentence(source: Path, tmp_path: Path
     refused("not a GGUF file", config)
     refused("unknown dtype 'int3'", dtype="int3")
     refused("device 'abacus' cannot be used", device="abacus")
+    refused("device 'mps' cannot be used: scores are summed in float64", device="mps")
     config.write_text("{")
     refused("not a valid JSON")
     config.write_text(whole)

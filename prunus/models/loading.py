@@ -250,12 +250,17 @@ def _dtype(config: Any, dtype: str, place: _Place) -> torch.dtype | None:
 
 
 def _device(device: str) -> torch.device:
+    """The device of that name; a GPU with a number becomes PyTorch's current one, by which memory and time are taken."""
+    if device.partition(":")[0] == "mps":
+        raise UserError(f"the device {device!r} cannot be used: scores are summed in float64, which it lacks; give cpu")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the device {device!r} cannot be used here ({reason}); --device cpu always works") from error
+    if found.type == "cuda" and found.index is not None:
+        torch.cuda.set_device(found)
     return found
 
 

@@ -372,7 +372,7 @@ def arguments(job: Job) -> TrainingArguments:
         weight_decay=c.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=c.clip,
-        bf16=c.precision == "bfloat16" or (c.precision == "auto" and device.type != "mps"),
+        bf16=c.precision in ("bfloat16", "auto"),
         use_cpu=device.type == "cpu",
         logging_steps=c.log_every,
         logging_nan_inf_filter=False,
