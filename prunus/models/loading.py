@@ -250,7 +250,7 @@ def _dtype(config: Any, dtype: str, place: _Place) -> torch.dtype | None:
 
 
 def _device(device: str) -> torch.device:
-    """The device of that name; a GPU with a number becomes PyTorch's current one, by which memory and time are taken."""
+    """The device of that name; a GPU with a number becomes the current one, by which memory and time are taken."""
     if device.partition(":")[0] == "mps":
         raise UserError(f"the device {device!r} cannot be used: scores are summed in float64, which it lacks; give cpu")
     try:
