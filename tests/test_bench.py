@@ -21,6 +21,7 @@ from prunus.baselines.table import OURS, TABLE
 from prunus.config import CompressConfig, resolve
 from prunus.errors import UserError
 from prunus.pipeline import compress
+from prunus.recording import tables
 from prunus.terminal import rendered
 from prunus.texts import calibration
 
@@ -294,8 +295,29 @@ def test_quality_stands_against_measured_speed() -> None:
     assert list(size.lines[0].get_xdata()) == [50.0, 80.0]
     both = [*rows, *({**row, "calibration": "d"} for row in rows)]
     assert [line.get_label() for line in benchpages.speeds(dense, both).axes[2].lines] == ["prunus", "flap"] * 2
-    scored = [{**row, "task_mean": 0.4} for row in rows]
-    assert benchpages.speeds({**dense, "task_mean": 0.5}, scored).axes[0].get_ylabel() == "mean score of the tasks"
+    scored = [{**row, "task_mean": 0.4, "task_mean_se": 0.02} for row in rows]
+    axes = benchpages.speeds({**dense, "task_mean": 0.5}, scored).axes
+    assert [a.get_ylabel() for a in axes[:2]] == ["mean score of the tasks"] * 2
+    bar = axes[1].containers[0].lines[2][0].get_segments()[0]
+    assert bar[:, 1].tolist() == pytest.approx([0.38, 0.42])
+
+
+def test_tables_of_several_calibrations_and_of_tasks() -> None:
+    score = {"score": 0.5, "metric": "acc", "se": 0.03, "n": 200}
+    dense: dict[str, Any] = {"method": "dense", "kept": 1.0, "ppl64": 4.0, "task_mean": 0.6, "tasks": {"piqa": score}}
+    rows = [dense] + [
+        {"method": "flap", "calibration": c, "kept": 0.5, "done": True, "structured": True, "ppl64": p,
+         "task_mean": 0.5, "task_mean_se": 0.03, "tasks": {"piqa": score}}
+        for c, p in (("c", 8.0), ("d", 9.0))
+    ]  # fmt: skip
+    rows = [bench._told(row) for row in rows]
+    data = {"rows": rows, "views": benchpages.views(rows), "versions": {}, "command": "x", "machine": "m"}
+    assert next(iter(data["views"])) == "ppl64"
+    assert "| flap, c | **8.00** |\n| flap, d | 9.00 |" in tables.view(data, "", "f.json")
+    assert "| flap | **0.500** ± 0.030 |" in tables.view(data, "tasks-d", "f.json")
+    each = tables.view(data, "tasks", "f.json")
+    assert "| flap | d | 50% | 0.500 ± 0.030 | 0.500 ± 0.030 |" in each
+    assert "first 200 questions" in each
 
 
 def test_unknown_tasks_are_refused(tmp_path: Path) -> None:

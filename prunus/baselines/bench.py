@@ -6,6 +6,7 @@ A bench is a run directory whose artefacts are rows: the same command again comp
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,9 +149,13 @@ def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, A
 
 
 def _told(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with what its tables show in other units."""
+    """A row with what its tables show under other names or in other units."""
     told = {"weights_mb": row["n_bytes"] / 1e6} if "n_bytes" in row else {}
-    return {**row, **told, **({"decoded": row["speed"]["small"]["decode"]} if "speed" in row else {})}
+    told |= {"decoded": row["speed"]["small"]["decode"]} if "speed" in row else {}
+    told |= {"network": f"{row['method']}, {row['calibration']}"} if "calibration" in row else {}
+    for task, one in row.get("tasks", {}).items():
+        told |= {f"task_{task}": one["score"], f"task_{task}_se": one["se"]}
+    return {**row, **told}
 
 
 def _spanned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
@@ -270,6 +275,8 @@ class _Bench:
             )
             found["tasks"] = scores
             found["task_mean"] = sum(one["score"] for one in scores.values()) / len(scores)
+            errors = [one["se"] for one in scores.values()]
+            found["task_mean_se"] = None if None in errors else math.hypot(*errors) / len(errors)
         if self.plan.speed and model is not self.model:
             speed = compare_speed(self.model, model)
             found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode, "speed": asdict(speed)}

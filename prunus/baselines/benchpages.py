@@ -22,25 +22,25 @@ CORE = {"across_format": ".0%", "format": ".2f", "best": "min", "reference": ["d
 
 
 def views(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How the rows are shown: a table for every perplexity and calibration, one for the costs, one for refusals."""
+    """How rows are shown: a table for every perplexity and for the mean of the tasks, of each calibration and, where
+    there are several, of all together; one of every task, one of the costs, one of refusals."""
     found: dict[str, Any] = {}
-    pivot = {"title": "kept of the blocks", "index": "method", "across": "kept", **CORE}
     sources = list(dict.fromkeys(row["calibration"] for row in rows if "calibration" in row))
-    values = measures(rows[0]) if rows else {}
+    if len(sources) > 1:
+        texts = "; calibrated on the text after the comma."
+        found |= _shares(rows, {"done": True, "structured": True}, {"index": "network"}, "", texts)
     for source in sources:
         for structured, kind in ((True, ""), (False, "-masks")):
             where = {"calibration": source, "done": True, "structured": structured}
-            if not any(all(row.get(k) == v for k, v in where.items()) for row in rows):
-                continue
-            own = {**pivot, "where": where}
-            of_masks = "" if structured else " Zeros in a dense network: neither smaller nor faster as it stands."
-            for key, what in values.items():
-                note = f"Perplexity, {what}; calibrated on {source}. Dense: {rows[0][key]:.2f}."
-                found[f"{key}-{source}{kind}"] = {**own, "value": key, "note": note + of_masks}
-            if any("task_mean" in row for row in rows):
-                note = f"Mean score of the tasks; calibrated on {source}. Dense: {rows[0].get('task_mean', 0.0):.4f}."
-                shown = {"value": "task_mean", "best": "max", "format": ".4f", "note": note + of_masks}
-                found[f"tasks-{source}{kind}"] = {**own, **shown}
+            if any(all(row.get(k) == v for k, v in where.items()) for row in rows):
+                found |= _shares(rows, where, {"index": "method"}, f"-{source}{kind}", f"; calibrated on {source}.")
+    if names := list(rows[0].get("tasks", {})) if rows else []:
+        titles = [["method", "method", ""], ["calibration", "calibrated on", ""], ["kept", "kept", ".0%"]]
+        mean = ["task_mean", "mean", ".3f", "task_mean_se"]
+        found["tasks"] = {
+            "columns": [*titles, *([f"task_{name}", name, ".3f", f"task_{name}_se"] for name in names), mean],
+            "note": f"Scores, {NORMED}, of the first {max(one['n'] for one in rows[0]['tasks'].values())} questions.",
+        }
     found["cost"] = {"where": {"done": True}, "columns": COSTS}
     if any("refused" in row for row in rows):
         columns = [["method", "method", ""], ["kept", "kept", ".0%"], ["refused", "refused, because", ""]]
@@ -48,6 +48,25 @@ def views(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _shares(
+    rows: Sequence[Mapping[str, Any]], where: Mapping[str, Any], lines: Mapping[str, str], name: str, texts: str
+) -> dict[str, Any]:
+    """Tables with a column for each share: one for each perplexity, one for the tasks' mean score."""
+    own = {"title": "kept of the blocks", **lines, "across": "kept", **CORE, "where": where}
+    masks = "" if where["structured"] else " Zeros in a dense network: neither smaller nor faster as it stands."
+    found = {}
+    for key, what in measures(rows[0]).items():
+        note = f"Perplexity, {what}{texts} Dense: {rows[0][key]:.2f}.{masks}"
+        found[f"{key}{name}"] = {**own, "value": key, "note": note}
+    if any("task_mean" in row for row in rows):
+        dense = rows[0].get("task_mean", 0.0)
+        note = f"Mean score of the tasks, ± its standard error{texts} Dense: {dense:.3f}.{masks}"
+        shown = {"value": "task_mean", "error": "task_mean_se", "best": "max", "format": ".3f"}
+        found[f"tasks{name or '-all'}"] = {**own, **shown, "note": note}
+    return found
+
+
+NORMED = "`acc_norm` where lm-eval has it, ± their standard errors"
 COSTS = [
     ["method", "method", ""],
     ["calibration", "calibrated on", ""],
@@ -121,30 +140,34 @@ def speeds(dense: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Figur
     1), speed of decoding and megabytes of weights against what is kept (Shen et al. 2024, figure 7).
 
     dense: the dense model's row. rows: those of smaller networks whose speed was measured; one line for each method and
-    calibration. Quality is the mean score of
-    the tasks where there are tasks, else perplexity, of the first length and text.
+    calibration. Quality is the mean score of the tasks, ± its standard error, where there are tasks (then against size
+    too), else perplexity, of the first length and text.
     """
     value = next(iter(measures(dense)))
     quality = "task_mean" if all("task_mean" in row for row in rows) else value
     near = rows if quality == "task_mean" else [row for row in rows if row[value] < FAR * dense[value]]
+    good = "mean score of the tasks" if quality == "task_mean" else f"perplexity, {measures(dense)[value]}"
+    size = "kept of the decoder blocks (%)"
     panels: list[tuple[Sequence[Mapping[str, Any]], str, str, str, str]] = [
-        (near, "prefill_speedup", "prompt, times as fast as the dense model", quality,
-         "mean score of the tasks" if quality == "task_mean" else f"perplexity, {measures(dense)[value]}"),
-        (rows, "kept_blocks", "kept of the decoder blocks (%)", "decode_speedup",
-         "decoding, times as fast as the dense model"),
-        (rows, "kept_blocks", "kept of the decoder blocks (%)", "weights_mb", "weights, MB"),
-    ]  # fmt: skip
+        (near, "prefill_speedup", "prompt, times as fast as the dense model", quality, good),
+        *([(rows, "kept_blocks", size, quality, good)] if quality == "task_mean" else []),
+        (rows, "kept_blocks", size, "decode_speedup", "decoding, times as fast as the dense model"),
+        (rows, "kept_blocks", size, "weights_mb", "weights, MB"),
+    ]
     methods = list(dict.fromkeys(row["method"] for row in rows))
     lines = list(dict.fromkeys((row["method"], row["calibration"]) for row in rows))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(15.6, 5.2), layout="constrained")
-        for ax, (shown, x, what, y, scale) in zip(figure.subplots(1, 3), panels, strict=True):
+        figure = Figure(figsize=(5.2 * len(panels), 5.2), layout="constrained")
+        for ax, (shown, x, what, y, scale) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             for line in lines:
                 own = [row for row in shown if (row["method"], row["calibration"]) == line]
-                points = [((100 if x == "kept_blocks" else 1) * row[x], row[y]) for row in own]
+                points = [((100 if x == "kept_blocks" else 1) * row[x], row[y], row.get(f"{y}_se")) for row in own]
                 if points:
+                    xs, ys, errors = zip(*sorted(points), strict=True)
                     style = _style(methods.index(line[0]), line[0], True)
-                    ax.plot(*zip(*sorted(points), strict=True), label=line[0], **style)
+                    ax.plot(xs, ys, label=line[0], **style)
+                    if None not in errors:
+                        ax.errorbar(xs, ys, errors, fmt="none", ecolor=style["color"], elinewidth=0.8)
             if dense.get(y):
                 ax.axhline(dense[y], color=GREY, linewidth=1, linestyle=":", label="dense")
             if y == value:

@@ -29,19 +29,26 @@ def view(data: Mapping[str, Any], wanted: str, origin: str) -> str:
 
 
 def columns(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
-    """A table with a line for each row: `columns` lists [key, title, format]."""
-    head = [title for _, title, _ in one["columns"]]
-    return table(head, [[number(row.get(key), form) for key, _, form in one["columns"]] for row in rows])
+    """A table with a line for each row: `columns` lists [key, title, format] or [key, title, format, error's key]."""
+
+    def cell(row: Mapping[str, Any], key: str, form: str, error: str = "") -> str:
+        known = row.get(error) if error else None
+        return number(row.get(key), form) + (f" ± {number(known, form)}" if known else "")
+
+    head = [title for _, title, *_ in one["columns"]]
+    return table(head, [[cell(row, key, *rest) for key, _, *rest in one["columns"]] for row in rows])
 
 
 def across(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
     """A table with a line for each `index` and a column for each value of `across`; the best of a column is bold.
 
-    `best` is "min" or "max"; rows whose `index` is in `reference` (the dense model, say) are not compared.
+    `best` is "min" or "max"; rows whose `index` is in `reference` (the dense model, say) are not compared. `error` is
+    the key of the value's standard error.
     """
     lines = list(dict.fromkeys(row[one["index"]] for row in rows))
     heads = list(dict.fromkeys(row[one["across"]] for row in rows))
     value = {(row[one["index"]], row[one["across"]]): row.get(one["value"]) for row in rows}
+    error = {(row[one["index"]], row[one["across"]]): row.get(one["error"]) for row in rows if "error" in one}
     best = {}
     if "best" in one:
         choose = {"min": min, "max": max}[one["best"]]
@@ -55,7 +62,8 @@ def across(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
             v = value.get((line, head))
             text = number(v, one["format"])
             bold = v is not None and v == best.get(head) and line not in one.get("reference", [])
-            cells.append(f"**{text}**" if bold else text)
+            known = error.get((line, head))
+            cells.append((f"**{text}**" if bold else text) + (f" ± {number(known, one['format'])}" if known else ""))
         body.append(cells)
     titles = [number(head, one.get("across_format", "")) for head in heads]
     return table([one["title"], *titles], body)
