@@ -294,7 +294,9 @@ def test_quality_stands_against_measured_speed() -> None:
     assert list(decoding.lines[1].get_ydata()) == [1.1, 1.1]  # but as fast as it is
     assert list(size.lines[0].get_xdata()) == [50.0, 80.0]
     both = [*rows, *({**row, "calibration": "d"} for row in rows)]
-    assert [line.get_label() for line in benchpages.speeds(dense, both).axes[2].lines] == ["prunus", "flap"] * 2
+    lines = benchpages.speeds(dense, both).axes[2].lines
+    assert [line.get_label() for line in lines] == ["prunus, c", "flap, c", "prunus, d", "flap, d"]
+    assert [line.get_linestyle() for line in lines] == ["-", "-", "--", "--"]
     scored = [{**row, "task_mean": 0.4, "task_mean_se": 0.02} for row in rows]
     axes = benchpages.speeds({**dense, "task_mean": 0.5}, scored).axes
     assert [a.get_ylabel() for a in axes[:2]] == ["mean score of the tasks"] * 2
@@ -313,7 +315,7 @@ def test_tables_of_several_calibrations_and_of_tasks() -> None:
     rows = [bench._told(row) for row in rows]
     data = {"rows": rows, "views": benchpages.views(rows), "versions": {}, "command": "x", "machine": "m"}
     assert next(iter(data["views"])) == "ppl64"
-    assert "| flap, c | **8.00** |\n| flap, d | 9.00 |" in tables.view(data, "", "f.json")
+    assert "| flap, c | **8.00** |\n| flap, d | **9.00** |" in tables.view(data, "", "f.json")
     assert "| flap | **0.500** ± 0.030 |" in tables.view(data, "tasks-d", "f.json")
     each = tables.view(data, "tasks", "f.json")
     assert "| flap | d | 50% | 0.500 ± 0.030 | 0.500 ± 0.030 |" in each

@@ -168,7 +168,7 @@ def _spanned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
 def recorded(config: CompressConfig, plan: Plan) -> dict[str, Any]:
     """What must be the same in all rows of a bench; methods, shares and calibrations may be added at any time."""
     raw = config.to_dict()
-    for key in ("keep", "method", "test_text", "test_length", "test_chunks"):
+    for key in ("keep", "method", "test_text", "test_length", "test_chunks", "front"):  # nothing here reads them
         raw.pop(key)
     raw["calibration"] = {k: v for k, v in raw["calibration"].items() if k != "source"}
     asked = {"texts": list(plan.texts), "lengths": [list(pair) for pair in plan.lengths], "tasks": list(plan.tasks)}

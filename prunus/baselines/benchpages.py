@@ -28,7 +28,8 @@ def views(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sources = list(dict.fromkeys(row["calibration"] for row in rows if "calibration" in row))
     if len(sources) > 1:
         texts = "; calibrated on the text after the comma."
-        found |= _shares(rows, {"done": True, "structured": True}, {"index": "network"}, "", texts)
+        lines = {"index": "network", "among": "calibration"}
+        found |= _shares(rows, {"done": True, "structured": True}, lines, "", texts)
     for source in sources:
         for structured, kind in ((True, ""), (False, "-masks")):
             where = {"calibration": source, "done": True, "structured": structured}
@@ -155,6 +156,7 @@ def speeds(dense: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Figur
         (rows, "kept_blocks", size, "weights_mb", "weights, MB"),
     ]
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    sources = list(dict.fromkeys(row["calibration"] for row in rows))
     lines = list(dict.fromkeys((row["method"], row["calibration"]) for row in rows))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * len(panels), 5.2), layout="constrained")
@@ -165,7 +167,9 @@ def speeds(dense: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Figur
                 if points:
                     xs, ys, errors = zip(*sorted(points), strict=True)
                     style = _style(methods.index(line[0]), line[0], True)
-                    ax.plot(xs, ys, label=line[0], **style)
+                    if len(sources) > 1:  # of methods so few that only calibrations need dashes
+                        style |= {"linestyle": ("-", "--", ":", "-.")[sources.index(line[1]) % 4]}
+                    ax.plot(xs, ys, label=", ".join(line) if len(sources) > 1 else line[0], **style)
                     if None not in errors:
                         ax.errorbar(xs, ys, errors, fmt="none", ecolor=style["color"], elinewidth=0.8)
             if dense.get(y):

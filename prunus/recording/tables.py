@@ -12,7 +12,7 @@ from typing import Any
 
 from prunus.recording.report import table
 
-FAR = 1e5  # from here on a perplexity is a ruin's, and its digits say nothing
+RUIN = 1e5  # from here on a perplexity is a ruin's, and its digits say nothing
 
 
 def view(data: Mapping[str, Any], wanted: str, origin: str) -> str:
@@ -42,26 +42,28 @@ def columns(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
 def across(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
     """A table with a line for each `index` and a column for each value of `across`; the best of a column is bold.
 
-    `best` is "min" or "max"; rows whose `index` is in `reference` (the dense model, say) are not compared. `error` is
-    the key of the value's standard error.
+    `best` is "min" or "max"; rows whose `index` is in `reference` (the dense model, say) are not compared, and those of
+    one value of `among` only with each other. `error` is the key of the value's standard error.
     """
     lines = list(dict.fromkeys(row[one["index"]] for row in rows))
     heads = list(dict.fromkeys(row[one["across"]] for row in rows))
     value = {(row[one["index"]], row[one["across"]]): row.get(one["value"]) for row in rows}
     error = {(row[one["index"]], row[one["across"]]): row.get(one["error"]) for row in rows if "error" in one}
+    group = {row[one["index"]]: row.get(one.get("among", "")) for row in rows}
     best = {}
     if "best" in one:
         choose = {"min": min, "max": max}[one["best"]]
-        for head in heads:
-            rivals = [value.get((line, head)) for line in lines if line not in one.get("reference", [])]
-            best[head] = choose((v for v in rivals if v is not None), default=None)
+        own = [line for line in lines if line not in one.get("reference", [])]
+        for head, some in ((head, some) for head in heads for some in {group[line] for line in own}):
+            rivals = [value.get((line, head)) for line in own if group[line] == some]
+            best[head, some] = choose((v for v in rivals if v is not None), default=None)
     body = []
     for line in lines:
         cells = [str(line)]
         for head in heads:
             v = value.get((line, head))
             text = number(v, one["format"])
-            bold = v is not None and v == best.get(head) and line not in one.get("reference", [])
+            bold = v is not None and v == best.get((head, group[line])) and line not in one.get("reference", [])
             known = error.get((line, head))
             cells.append((f"**{text}**" if bold else text) + (f" ± {number(known, one['format'])}" if known else ""))
         body.append(cells)
@@ -75,7 +77,7 @@ def number(value: Any, form: str) -> str:
         return "–"
     if isinstance(value, str):
         return value
-    if form.endswith("f") and "," not in form and isfinite(value) and abs(value) >= FAR:
+    if form.endswith("f") and "," not in form and isfinite(value) and abs(value) >= RUIN:
         digits, _, power = f"{value:.1e}".partition("e")
         return f"{digits}e{int(power)}"
     return format(value, form)
