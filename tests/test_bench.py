@@ -125,8 +125,10 @@ def test_a_calibration_text_that_is_refused_leaves_no_bench(texts: tuple[str, st
 
 @needs_model
 def test_rows_say_what_they_cost_and_how_to_make_them(texts: tuple[str, str], tmp_path: Path) -> None:
-    found = run(config(texts[0]), plan(texts, "flap", "mask-wanda-2:4", speed=True, keeps=(0.8,)), tmp_path / "out")
-    dense, flap, refused = found["rows"]
+    asked = plan(texts, "flap", "mask-magnitude", "mask-wanda-2:4", speed=True, keeps=(0.8,))
+    found = run(config(texts[0]), asked, tmp_path / "out")
+    dense, flap, mask, refused = found["rows"]
+    assert mask["ppl64"] > dense["ppl64"] and "speed" not in mask  # its shapes are the dense model's
     assert dense["ppl64"] == dense["perplexity"]["stories.txt"]["64"]["ppl"]
     assert flap["ppl64"] > dense["ppl64"]
     assert 0.79 < flap["kept_blocks"] <= 0.8 < flap["kept_all"] < 1

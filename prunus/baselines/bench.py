@@ -259,8 +259,11 @@ class _Bench:
             "device": str(self.device),
         }
 
-    def measured(self, model: nn.Module) -> dict[str, Any]:
-        """Perplexities, task scores and speed of one network. ppl2048 and the like are of the first text."""
+    def measured(self, model: nn.Module, structured: bool = True) -> dict[str, Any]:
+        """Perplexities, task scores and speed of one network. ppl2048 and the like are of the first text.
+
+        A mask leaves the dense model's shapes and so its speed, which is not timed again.
+        """
         found: dict[str, Any] = {"perplexity": {}}
         for number, (text, ids) in enumerate(self.texts.items()):
             for length, windows in self.plan.lengths:
@@ -277,7 +280,7 @@ class _Bench:
             found["task_mean"] = sum(one["score"] for one in scores.values()) / len(scores)
             errors = [one["se"] for one in scores.values()]
             found["task_mean_se"] = None if None in errors else math.hypot(*errors) / len(errors)
-        if self.plan.speed and model is not self.model:
+        if self.plan.speed and structured and model is not self.model:
             speed = compare_speed(self.model, model)
             found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode, "speed": asdict(speed)}
         return found
@@ -342,7 +345,7 @@ class _Source:
             return {"done": False, "refused": str(error)}
         found = _described(outcome, spent, self.bench.model)
         try:
-            measured = self.bench.measured(outcome.model)
+            measured = self.bench.measured(outcome.model, baseline.structured)
         except UserError as error:  # a network that gives NaN, say: that is a result too
             return {"done": False, "refused": f"the network cannot be measured: {error}"}
         return {"done": True, **found, "structured": baseline.structured, **measured}
