@@ -31,7 +31,8 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
     out, result = tmp_path / "run", tmp_path / "result.json"
     options = ["--keep", "0.8", "--dtype", "bfloat16", "--samples", "16", "--length", "256", "--generations", "0"]
     texts = ["--calibration", str(SHARED / "wiki.train.part.txt"), "--test-text", str(SHARED / "wiki.test.raw")]
-    more = ["--test-length", "512", "--test-chunks", "8", "--set", "calibration.holdout=4", "--json", str(result), "--quiet"]
+    texts += ["--test-length", "512", "--test-chunks", "8"]
+    more = ["--set", "calibration.holdout=4", "--json", str(result), "--quiet"]
     command = [sys.executable, "-m", "prunus", "compress", "demo", "--out", str(out), *options, *texts, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
