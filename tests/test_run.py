@@ -296,6 +296,21 @@ def test_a_test_text_may_be_added(tmp_path: Path) -> None:
         Run.open(tmp_path / "run", config(test_text="b.txt"), SOURCE)
 
 
+def test_settings_of_a_front_matter_once_there_is_one(tmp_path: Path) -> None:
+    def asked(*objectives: str, method: str) -> dict[str, Any]:
+        return config(front={"objectives": list(objectives), "method": method})
+
+    with Run.open(tmp_path / "run", asked(method="nsga2"), SOURCE) as run:
+        run.do("extract", "models/keep80.json", lambda: 80)
+    with Run.open(tmp_path / "run", asked(method="tpe"), SOURCE) as run:  # another version's default, say
+        run.do("extract", "models/keep80.json", never)
+    with Run.open(tmp_path / "run", asked("kl", "bytes", method="levels"), SOURCE) as run:
+        run.do("extract", "models/keep80.json", never)
+        run.do("front", "search/front.json", lambda: 1)
+    with pytest.raises(UserError, match=r'front\.method: "levels" in the run, "nsga2" now'):
+        Run.open(tmp_path / "run", asked("kl", "bytes", method="nsga2"), SOURCE)
+
+
 def test_another_model_is_refused_and_a_moved_one_is_not(tmp_path: Path) -> None:
     Run.open(tmp_path / "run", config(), SOURCE).close()
     with pytest.raises(UserError, match=r"run of another model: tiny \(sha256 abab.*given other"):

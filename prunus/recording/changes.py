@@ -27,11 +27,14 @@ def is_free(key: str) -> bool:
     return step_of(key) == ANYWHERE
 
 
-def only_adds(key: str, old: Any, new: Any) -> bool:
-    """True if the new value leaves all that was made from the old one right: more ratios, a first text or front."""
+def only_adds(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """True if a setting's new value leaves all that was made with the old ones right: more ratios, a first text, or
+    anything of a front where there is none so far."""
     if key in TARGETS:
-        return bool(old) and set(old) <= set(new or ())
-    return key in ("test_text", "front.objectives") and not old and bool(new)
+        return bool(old.get(key)) and set(old[key]) <= set(new.get(key) or ())
+    if key.startswith("front."):
+        return not old.get("front.objectives")
+    return key == "test_text" and not old.get(key) and bool(new.get(key))
 
 
 def first_touched(
@@ -40,7 +43,7 @@ def first_touched(
     """The first step that a change of these dotted keys makes stale, or None; more ratios touch only the report."""
     touched = []
     for key in keys:
-        if key in TARGETS and only_adds(key, old.get(key), new.get(key)):
+        if key in TARGETS and only_adds(key, old, new):
             touched.append("report")
         elif not is_free(key) and key != "model":
             touched.append(step_of(key, steps))

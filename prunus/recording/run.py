@@ -136,9 +136,7 @@ class Run:
         old_values = {**newer, **old_values, **self._searched(old_values, new_values)}
         differing = [key for key in difference(old_values, new_values) if key != "model"]  # the model's path may change
         refused = [
-            key
-            for key in differing
-            if not changes.is_free(key) and not changes.only_adds(key, old_values.get(key), new_values.get(key))
+            key for key in differing if not changes.is_free(key) and not changes.only_adds(key, old_values, new_values)
         ]
         if refused and self.manifest["artefacts"]:  # a run that has come to nothing yet may start again as it likes
             named = "; ".join(
