@@ -304,6 +304,9 @@ def test_settings_of_a_front_matter_once_there_is_one(tmp_path: Path) -> None:
         run.do("extract", "models/keep80.json", lambda: 80)
     with Run.open(tmp_path / "run", asked(method="tpe"), SOURCE) as run:  # another version's default, say
         run.do("extract", "models/keep80.json", never)
+        run.do("report", "report.md", lambda: "no front")
+    with Run.open(tmp_path / "run", asked(method="local"), SOURCE) as run:
+        run.do("report", "report.md", never)
     with Run.open(tmp_path / "run", asked("kl", "bytes", method="levels"), SOURCE) as run:
         run.do("extract", "models/keep80.json", never)
         run.do("front", "search/front.json", lambda: 1)

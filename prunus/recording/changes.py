@@ -41,8 +41,10 @@ def first_touched(
     steps: Sequence[str], old: Mapping[str, Any], new: Mapping[str, Any], keys: Sequence[str]
 ) -> str | None:
     """The first step that a change of these dotted keys makes stale, or None; more ratios touch only the report."""
-    touched = []
+    touched, fronts = [], old.get("front.objectives") or new.get("front.objectives")
     for key in keys:
+        if key.startswith("front.") and not fronts:
+            continue
         if key in TARGETS and only_adds(key, old, new):
             touched.append("report")
         elif not is_free(key) and key != "model":
