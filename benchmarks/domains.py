@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", help="NAME=RUN, at least one")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--keep", default="0.8")
+    parser.add_argument("--keep", nargs="+", default=["0.8"])
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--chunks", type=int, default=6)
@@ -62,9 +62,10 @@ def main() -> int:
     runs = {name: Path(path) for name, _, path in (word.partition("=") for word in options.runs)}
     texts: dict[str, Tensor] = {}
     allocations = {
-        name: SubNetwork.from_json(
-            json.loads((run / "models" / f"keep-{options.keep}" / "prunus.json").read_text())["subnetwork"]
+        (keep, name): SubNetwork.from_json(
+            json.loads((run / "models" / f"keep-{keep}" / "prunus.json").read_text())["subnetwork"]
         )
+        for keep in options.keep
         for name, run in runs.items()
     }
     rows: list[dict[str, Any]] = []
@@ -77,20 +78,25 @@ def main() -> int:
             order = order_of(model, run, shrink, reform["damping"], reform["block"])
             sort(model, family, order)
             database = levels.Levels(model, family, run / "grams", orders=order, damping=reform["damping"])
-            for allocation, sub in allocations.items():
-                row: dict[str, Any] = {"order": name, "shrink": shrink, "allocation": allocation}
+            for (keep, allocation), sub in allocations.items():
+                row: dict[str, Any] = {"kept": float(keep), "order": name, "shrink": shrink, "allocation": allocation}
                 for number, (text, ids) in enumerate(texts.items()):
                     with activate(model, family, sub, database(sub)):
                         scored = perplexity(model, ids, length=options.length, chunks=options.chunks)
                     row |= {f"text{number}": Path(text).name, f"ppl{number}": scored.ppl}
                 rows.append(row)
                 print(row, flush=True)
-    columns = [["order", "order and second moments of", ""], ["shrink", "identity's share of the curvature", ".1f"],
-               ["allocation", "allocation of", ""]]  # fmt: skip
-    columns += [[f"ppl{k}", Path(text).name, ".2f"] for k, text in enumerate(options.text)]
-    note = f"Perplexity, {options.chunks} x {options.length} tokens; {options.keep} of the blocks, one-shot weights."
-    record.write(options.results, rows, {"main": {"columns": columns, "note": note}}, command=record.typed())
+            write(options, rows)
     return 0
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The results file, as benchmarks/render.py reads it."""
+    columns = [["kept", "kept of the blocks", ".0%"], ["order", "order and second moments of", ""],
+               ["shrink", "identity's share of the curvature", ".2f"], ["allocation", "allocation of", ""]]  # fmt: skip
+    columns += [[f"ppl{k}", Path(text).name, ".2f"] for k, text in enumerate(options.text)]
+    note = f"Perplexity, {options.chunks} x {options.length} tokens; one-shot weights."
+    record.write(options.results, rows, {"main": {"columns": columns, "note": note}}, command=record.typed())
 
 
 if __name__ == "__main__":
