@@ -159,7 +159,8 @@ def _front(data: ReportData) -> str:
         "## Quality against size",
         "![quality against size](report/front.png)",
         f"Size is the share kept of {what}. Blue points are the checkpoints of this run, judged on held-out tokens; "
-        "the labels are their parameters.",
+        "the labels are their parameters. Nothing was fitted to these tokens, but the last choices (between the best "
+        "networks, of refitted layers) were made by some of them, so a test text of your own is the stricter judge.",
     ]
     if data["tried"]:
         words[-1] += (
