@@ -96,7 +96,12 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                ["shrink", "identity's share of the curvature", ".2f"], ["allocation", "allocation of", ""]]  # fmt: skip
     columns += [[f"ppl{k}", Path(text).name, ".2f"] for k, text in enumerate(options.text)]
     note = f"Perplexity, {options.chunks} x {options.length} tokens; one-shot weights."
-    record.write(options.results, rows, {"main": {"columns": columns, "note": note}}, command=record.typed())
+    view: dict[str, Any] = {"columns": columns, "note": note}
+    if len(options.runs) == len(options.text) == 1:  # nothing but shares of the identity to compare
+        note = f"Perplexity, {options.chunks} x {options.length} tokens of {rows[0]['text0']}; one-shot weights."
+        view = {"title": "identity's share of the curvature", "index": "shrink", "across": "kept",
+                "across_format": ".0%", "value": "ppl0", "format": ".2f", "best": "min", "note": note}  # fmt: skip
+    record.write(options.results, rows, {"main": view}, command=record.typed())
 
 
 if __name__ == "__main__":
