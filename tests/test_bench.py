@@ -155,11 +155,11 @@ def test_a_network_that_cannot_be_measured_is_a_row_and_the_others_go_on(
 ) -> None:
     measure, seen = bench._Bench.measured, list[Any]()
 
-    def fails(self: Any, model: Any) -> dict[str, Any]:
+    def fails(self: Any, model: Any, *structured: bool) -> dict[str, Any]:
         seen.append(model)
         if len(seen) == 2:  # the dense model is first
             raise UserError("the model gives NaN")
-        return measure(self, model)
+        return measure(self, model, *structured)
 
     monkeypatch.setattr(bench._Bench, "measured", fails)
     found = run(config(texts[0]), plan(texts, "magnitude", "shortgpt", keeps=(0.8,)), tmp_path / "out")

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -55,18 +56,24 @@ class Mortal(Toy):
     """Takes its time, and dies as by kill -9 in the middle of an evaluation."""
 
     dies_after: int | None = None
+    began: Any = None  # an event
 
     def __call__(self, subs: Sequence[SubNetwork], draw: int, rung: int) -> Iterator[Sequence[float]]:
         for score in super().__call__(subs, draw, rung):
             time.sleep(0.005)
+            if self.n_calls > 3:
+                self.began.set()
             if self.dies_after is not None and self.n_calls > self.dies_after:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield score
 
 
-def _work(where: str, out: Path, dies_after: int | None) -> None:
+def _work(where: str, out: Path, dies_after: int | None, began: Any) -> None:
+    """One process; the one that lives waits for the other to begin, which might get nothing done on a busy machine."""
     toy = Mortal(llama_space(), noise=0.1)
-    toy.dies_after = dies_after
+    toy.dies_after, toy.began = dies_after, began
+    if dies_after is None:
+        began.wait(60)
     found = search_in(where, toy)
     out.write_text(f"{toy.n_calls} {found}")
 
@@ -76,8 +83,9 @@ def _work(where: str, out: Path, dies_after: int | None) -> None:
 def test_of_two_processes_one_is_killed(kind: str, impatient: None, tmp_path: Path) -> None:
     """The same with a tiny model, and processes that share nothing, in test_workers.py."""
     where, context = place(tmp_path, kind), multiprocessing.get_context("fork")
-    victim = context.Process(target=_work, args=(where, tmp_path / "victim", 6))
-    other = context.Process(target=_work, args=(where, tmp_path / "other", None))
+    began = context.Event()
+    victim = context.Process(target=_work, args=(where, tmp_path / "victim", 6, began))
+    other = context.Process(target=_work, args=(where, tmp_path / "other", None, began))
     victim.start()
     other.start()
     victim.join(300)

@@ -134,7 +134,7 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
 def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """All rows of a bench, those of earlier commands too: the dense model, then by calibration, method and share."""
     there = [_told(load_json(record.path(file))) for file in record.manifest["artefacts"] if record.done(file)]
-    refused = [row for row in asked if "refused" in row and row not in there]
+    refused = [row for row in map(_told, asked) if "refused" in row and row not in there]
     order = (DENSE, *names())
     sources = list(dict.fromkeys(row.get("calibration", "") for row in there))
     return sorted(
