@@ -142,6 +142,8 @@ def test_rows_say_what_they_cost_and_how_to_make_them(texts: tuple[str, str], tm
     for key in ("machine", "versions", "threads", "device"):
         assert flap[key] == found[key]
     page = (tmp_path / "out" / "bench.md").read_text()
+    minutes = sum(row["row_seconds"] for row in (dense, flap, mask)) / 60
+    assert flap["row_seconds"] > flap["seconds"] and f"3 rows in {minutes:.1f} minutes" in page
     assert f"| flap | **{flap['ppl64']:.2f}** |" in page
     assert "refused, because" in page
     assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
@@ -314,14 +316,15 @@ def test_tables_of_several_calibrations_and_of_tasks() -> None:
          "task_mean": 0.5, "task_mean_se": 0.03, "tasks": {"piqa": score}}
         for c, p in (("c", 8.0), ("d", 9.0))
     ]  # fmt: skip
-    rows = [bench._told(row) for row in rows]
+    refused = {"method": "laco", "calibration": "c", "kept": 0.5, "done": False, "refused": "no"}
+    rows = [bench._told(row) for row in (*rows, refused)]
     data = {"rows": rows, "views": benchpages.views(rows), "versions": {}, "command": "x", "machine": "m"}
     assert next(iter(data["views"])) == "ppl64"
     assert "| flap, c | **8.00** |\n| flap, d | **9.00** |" in tables.view(data, "", "f.json")
     assert "| flap | **0.500** ± 0.030 |" in tables.view(data, "tasks-d", "f.json")
     each = tables.view(data, "tasks", "f.json")
     assert "| flap | d | 50% | 0.500 ± 0.030 | 0.500 ± 0.030 |" in each
-    assert "first 200 questions" in each
+    assert "first 200 questions at most" in each and "laco" not in each
 
 
 def test_unknown_tasks_are_refused(tmp_path: Path) -> None:

@@ -133,8 +133,10 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
 
 def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """All rows of a bench, those of earlier commands too: the dense model, then by calibration, method and share."""
-    there = [_told(load_json(record.path(file))) for file in record.manifest["artefacts"] if record.done(file)]
-    refused = [row for row in map(_told, asked) if "refused" in row and row not in there]
+    files = {file: one["seconds"] for file, one in record.manifest["artefacts"].items() if record.done(file)}
+    there = [_told({**load_json(record.path(file)), "row_seconds": took}) for file, took in files.items()]
+    known = [_which(row) for row in there]
+    refused = [_told(row) for row in asked if "refused" in row and _which(row) not in known]
     order = (DENSE, *names())
     sources = list(dict.fromkeys(row.get("calibration", "") for row in there))
     return sorted(
@@ -148,11 +150,17 @@ def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, A
     )
 
 
+def _which(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What no two rows of a bench have in common."""
+    return row["method"], row.get("calibration"), row["kept"]
+
+
 def _told(row: dict[str, Any]) -> dict[str, Any]:
     """A row with what its tables show under other names or in other units."""
     told = {"weights_mb": row["n_bytes"] / 1e6} if "n_bytes" in row else {}
     told |= {"decoded": row["speed"]["small"]["decode"]} if "speed" in row else {}
     told |= {"network": f"{row['method']}, {row['calibration']}"} if "calibration" in row else {}
+    told |= {"scored": True} if "tasks" in row else {}
     for task, one in row.get("tasks", {}).items():
         told |= {f"task_{task}": one["score"], f"task_{task}_se": one["se"]}
     return {**row, **told}

@@ -38,11 +38,16 @@ def views(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if names := list(rows[0].get("tasks", {})) if rows else []:
         titles = [["method", "method", ""], ["calibration", "calibrated on", ""], ["kept", "kept", ".0%"]]
         mean = ["task_mean", "mean", ".3f", "task_mean_se"]
+        most = max(one["n"] for one in rows[0]["tasks"].values())
         found["tasks"] = {
+            "where": {"scored": True},
             "columns": [*titles, *([f"task_{name}", name, ".3f", f"task_{name}_se"] for name in names), mean],
-            "note": f"Scores, {NORMED}, of the first {max(one['n'] for one in rows[0]['tasks'].values())} questions.",
+            "note": f"Scores, {NORMED}; of each task the first {most} questions at most.",
         }
     found["cost"] = {"where": {"done": True}, "columns": COSTS}
+    if took := [row["row_seconds"] for row in rows if "row_seconds" in row]:
+        minutes = f"{sum(took) / 60:.1f} minutes"
+        found["cost"]["note"] = f"{len(took)} rows in {minutes}, with what their networks were scored and timed for."
     if any("refused" in row for row in rows):
         columns = [["method", "method", ""], ["kept", "kept", ".0%"], ["refused", "refused, because", ""]]
         found["refused"] = {"where": {"done": False}, "columns": columns}
