@@ -93,7 +93,8 @@ def main() -> None:
 def compress(model: str | None, out: str, **parameters: Any) -> None:
     """MODEL to a front of smaller checkpoints and a report; the same command again goes on where it stopped.
 
-    MODEL is a hub id, a local directory, a .gguf file, or `demo`.
+    MODEL is a hub id, a local directory, a .gguf file, or `demo`. With --train, also in several processes: torchrun
+    --nproc-per-node N -m prunus compress
     """
     config = resolve(parameters["config"], {**given(parameters), "model": model})
     terminal = Terminal(parameters["quiet"])

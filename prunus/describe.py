@@ -39,7 +39,7 @@ def network(s: Session, name: str, sub: SubNetwork) -> Network:
         "kept_blocks": costs.parameters(s.layout, sub, "blocks") / costs.parameters(s.layout, whole, "blocks"),
         "kept_all": costs.parameters(s.layout, sub, "all") / costs.parameters(s.layout, whole, "all"),
         "parameters": costs.parameters(s.layout, sub, "all"),
-        "n_bytes": int(costs.n_bytes(s.layout, sub, next(s.model.parameters()).element_size())),
+        "n_bytes": int(costs.n_bytes(s.layout, sub, s.width)),
         "hidden": sub.hidden,
         "layers": [(x.kv_heads, x.q_per_kv, x.mlp) for x in sub.layers],
         "uniform": sub.uniform,

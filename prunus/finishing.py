@@ -30,12 +30,12 @@ def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]
     def compute(name: str) -> dict[str, Tensor]:
         if not made:  # all that are missing travel together: the dense model runs once for all
             made.update(_refit_missing(s, p, ids, {n: chosen[n] for n in missing}))
-        return made[name]
+        return {key: weight.to(s.dtype) for key, weight in made[name].items()}
 
     out: dict[str, Override] = {}
     for name in chosen:
         found = s.run.do("extract", paths[name], lambda name=name: compute(name), inputs=inputs[name])  # type: ignore[misc]
-        out[name] = {address(key): weight.to(s.device) for key, weight in found.items()}
+        out[name] = loaded_weights(s, found)
     return out
 
 
@@ -98,6 +98,12 @@ def named(weights: Override) -> dict[str, Tensor]:
     return {f"{i}|{path}": weight.cpu().contiguous() for (i, path), weight in weights.items()}
 
 
+def loaded_weights(s: Session, found: Mapping[str, Tensor]) -> Override:
+    """What such a file holds, rounded as it is stored, on the model's device and in the type that it computes in."""
+    own = next(s.model.parameters()).dtype
+    return {address(key): weight.to(s.dtype).to(s.device, own) for key, weight in found.items()}
+
+
 def address(key: str) -> tuple[int, str]:
     """The inverse: layer and path."""
     i, _, path = key.partition("|")
@@ -120,7 +126,9 @@ def save_network(
         return extract(s.model, s.family, sub, weights, uniform=uniform)
 
     def save(model: nn.Module, path: Path) -> None:
-        checkpoint.save(model, s.tokenizer, path, card=card, manifest=manifest, generation_config=s.generation_config)
+        checkpoint.save(
+            model, s.tokenizer, path, card=card, manifest=manifest, generation_config=s.generation_config, dtype=s.dtype
+        )
 
     inputs = {"subnetwork": sub.key(), "weights": s.run.sha256(f"weights/{name}.safetensors"), "card": card}
     s.run.do(step, f"models/{name}", compute, save=save, load=lambda path: nn.Identity(), inputs=inputs)

@@ -43,17 +43,17 @@ def inspect_model(config: CompressConfig) -> dict[str, Any]:
         "norms that both read": each["block"],
         "outside the blocks": total - blocks,
     }
-    width = next(model.parameters()).element_size()
     return {
         "model": config.model,
         "model_type": model.config.model_type,
         "family": f"{family.name}: the table covers every parameter",
         "layers": len(whole.layers),
         **{name: size[name] for name in ("hidden", "kv_heads", "q_per_kv", "head_dim", "mlp", "vocab")},
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        **({} if model.dtype == loaded.dtype else {"computes in": str(model.dtype).removeprefix("torch.")}),
         "parameters": total,
         "parameters_in_blocks": blocks,
-        "weights_bytes": total * width,
+        "weights_bytes": total * loaded.dtype.itemsize,
         "memory_needed_bytes": memory_need(
             model.config, model.dtype, samples=config.calibration.samples, length=config.calibration.length
         ),

@@ -20,7 +20,6 @@ from prunus.baselines import rivals
 from prunus.config import STEPS, CompressConfig, settings
 from prunus.errors import UserError
 from prunus.models import checkpoint, loading
-from prunus.models.families import family_of
 from prunus.models.slicing import Override, extract
 from prunus.progress import Progress, silent
 from prunus.recording.artefact import load_json, load_tensors
@@ -113,8 +112,7 @@ def pick(
         row = {} if point is None else fronts.point(record, point)
         loaded = loading.load_configured(config)
         record.refuse_other(asdict(loaded.source), "name the model that it was made from with --model")
-        family = family_of(loaded.model.config)
-        s = Session(record, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
+        s = Session.of(record, config, loaded, progress)
         s.timetable = _table(s, whole_config)
         ids, holdout = steps.calibrate(s)
         orders = steps.score(s, ids)
@@ -288,7 +286,7 @@ def _picked(
         raw = s.run.do(STEP, f"weights/{name}.safetensors", compute, inputs=made_of)
     else:
         raw = compute()
-    weights = {finishing.address(key): weight.to(s.device) for key, weight in raw.items()}
+    weights = finishing.loaded_weights(s, raw)
     found = {**describe.network(s, name, sub), **_foretold(s, p, sub, finished)}
     found |= _measured(s, p, name, sub, weights, measure, out)
     dense = {**describe.network(s, "dense", s.whole), **_dense(s)}
@@ -301,7 +299,9 @@ def _picked(
         target = finishing.save_network(s, name, sub, weights, page, record, step=STEP)
     else:
         small, target = extract(s.model, s.family, sub, weights, uniform=s.config.uniform or None), out
-        checkpoint.save(small, s.tokenizer, out, card=page, manifest=record, generation_config=s.generation_config)
+        checkpoint.save(
+            small, s.tokenizer, out, card=page, manifest=record, generation_config=s.generation_config, dtype=s.dtype
+        )
     return {
         "chosen": [found],
         "dense": dense,
@@ -370,7 +370,7 @@ def _with_say(s: Session, sub: SubNetwork, around: Sequence[Finished]) -> list[n
     found = []
     for c, near, name in ends:
         raw = load_tensors(s.run.path(f"weights/{name}.safetensors")) if name else {}
-        weights = {finishing.address(key): weight.to(s.device) for key, weight in raw.items()}
+        weights = finishing.loaded_weights(s, raw)
         say = 1 - abs(c - cost) / span if span else 1.0
         found.append(neighbours.Neighbour(near, weights, max(say, 1e-3)))
     return found

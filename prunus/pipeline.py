@@ -8,18 +8,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from prunus import choosing, describe, finishing, fronts, steps
+from prunus import choosing, describe, finishing, fronts, launched, steps
 from prunus.baselines import rivals
 from prunus.config import CompressConfig, flatten
+from prunus.errors import UserError
 from prunus.models import loading
-from prunus.models.families import family_of
 from prunus.progress import Progress, silent
 from prunus.recording.changes import TARGETS
+from prunus.recording.reader import ReadOnlyRun
 from prunus.recording.report import write_report
 from prunus.recording.run import Run, read_manifest
 from prunus.steps import Session
 from prunus.subnetwork import SubNetwork
-from prunus.training import supernet
+from prunus.training import meeting, supernet
 
 Step = Literal["score", "train", "reform", "search", "extract", "report"]
 
@@ -30,7 +31,11 @@ def compress(config: CompressConfig, out: str | Path, progress: Progress = silen
     The same call again resumes. Returns the report's data, with the path of the report under "report".
     Raises UserError for everything that the user can mend, before long work wherever it can be known.
     """
-    return _run(config, Path(out), "report", progress)
+    _refuse_several(bool(config.train.data))
+    if not launched.is_main():
+        return _join(Path(out))
+    with meeting.leading():
+        return _run(config, Path(out), "report", progress)
 
 
 def step(
@@ -42,6 +47,9 @@ def step(
     """
     raw = {**flatten(read_manifest(out)["config"]), **overrides}
     config = CompressConfig.from_dict(raw)  # refuses what does not fit together before anything is deleted
+    _refuse_several(name == "train" and bool(config.train.data))
+    if not launched.is_main():
+        return _join(Path(out))
     if name not in ("extract", "report"):
         rivals.refuse_step(config, name)
     typed = flatten(config.to_dict())  # "8" is 8
@@ -49,28 +57,44 @@ def step(
     if set(TARGETS) & overrides.keys():
         asked["keep"] = config.keep
     loaded: list[loading.Loaded] = []
-    with Run.reopen(out) as run:
 
-        def admit(run: Run) -> None:
-            if config.method == rivals.OURS:
-                loaded.append(_load(config))
-                run.refuse_other(asdict(loaded[0].source), "choose another --out")
-                shapes = [key for key in asked if key.startswith("budget.") and key not in TARGETS]
-                s = _session(run, config, loaded[0], progress)
-                _check(s, own_table=run.done("latency.json") and not shapes, anew=name in ("score", "train"))
+    def admit(run: Run) -> None:
+        if config.method == rivals.OURS:
+            loaded.append(_load(config))
+            run.refuse_other(asdict(loaded[0].source), "choose another --out")
+            shapes = [key for key in asked if key.startswith("budget.") and key not in TARGETS]
+            s = Session.of(run, config, loaded[0], progress)
+            _check(s, own_table=run.done("latency.json") and not shapes, anew=name in ("score", "train"))
 
-        raw = run.change(name, asked, again=again, admit=admit)
-    return _run(CompressConfig.from_dict(raw), Path(out), name, progress, *loaded)
+    with meeting.leading():
+        with Run.reopen(out) as run:
+            raw = run.change(name, asked, again=again, admit=admit)
+        return _run(CompressConfig.from_dict(raw), Path(out), name, progress, *loaded)
+
+
+def _refuse_several(training: bool) -> None:
+    if launched.processes() > 1 and not training:
+        raise UserError(
+            f"{launched.processes()} processes were started together (WORLD_SIZE), but only a training takes several: "
+            "recover, train, and compress with --train; give this command without the launcher"
+        )
+
+
+def _join(out: Path) -> dict[str, Any]:
+    """What the other processes of a training do: wait until the first one has all ready, and train with it."""
+    if meeting.called():
+        run = ReadOnlyRun(out)
+        config = CompressConfig.from_dict(run.config)
+        s = Session.of(run, config, _load(config), silent)
+        ids, _ = steps.calibrate(s)
+        supernet.join(s, ids, steps.score(s, ids))
+    meeting.part()
+    return {}
 
 
 def _load(config: CompressConfig) -> loading.Loaded:
     windows = config.calibration.samples + config.calibration.holdout, config.calibration.length
     return loading.load_configured(config, windows=windows)
-
-
-def _session(run: Run, config: CompressConfig, loaded: loading.Loaded, progress: Progress) -> Session:
-    family = family_of(loaded.model.config)
-    return Session(run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
 
 
 def _check(s: Session, own_table: bool = True, anew: bool = False) -> None:
@@ -89,10 +113,10 @@ def _run(
     model = loaded or _load(config)
 
     def admit(run: Run) -> None:
-        _check(_session(run, config, model, progress), own_table=run.done("latency.json"))
+        _check(Session.of(run, config, model, progress), own_table=run.done("latency.json"))
 
     with Run.open(out, config.to_dict(), asdict(model.source), admit=admit) as run:
-        s = _session(run, config, model, progress)
+        s = Session.of(run, config, model, progress)
         _check(s)
         ids, holdout = steps.calibrate(s)
         orders = steps.score(s, ids)

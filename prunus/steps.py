@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.models import checkpoint, costs
-from prunus.models.families import Family, dims, full
-from prunus.models.loading import say_if_float32
+from prunus.models.families import Family, dims, family_of, full
+from prunus.models.loading import Loaded, say_type
 from prunus.models.memory import give_back
 from prunus.models.slicing import sort
 from prunus.models.stream import LayerStream
@@ -55,6 +55,7 @@ class Session:
     generation_config: Any
     family: Family
     progress: Progress
+    dtype: torch.dtype  # that checkpoints are written in; the model may compute in a wider one
     stream: LayerStream = field(init=False)
     layout: costs.Layout = field(init=False)
     whole: SubNetwork = field(init=False)
@@ -63,6 +64,14 @@ class Session:
     nats: dict[str, list[float]] = field(default_factory=dict)  # held-out KL of networks refitted in this session
     layer_order: list[int] | None = None  # most important first, from the training on
     tier: Literal["", "-trained"] = ""  # "-trained" once the weights are those of the trained super-network
+
+    @classmethod
+    def of(cls, run: Run, config: CompressConfig, loaded: Loaded, progress: Progress) -> Session:
+        """A loaded model at the beginning of its way through a run."""
+        family = family_of(loaded.model.config)
+        return cls(
+            run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress, loaded.dtype
+        )
 
     def __post_init__(self) -> None:
         self.stream = LayerStream(self.model, self.family)
@@ -102,8 +111,8 @@ class Session:
 
     @property
     def width(self) -> int:
-        """Bytes of one parameter."""
-        return next(self.model.parameters()).element_size()
+        """Bytes of one parameter of a checkpoint."""
+        return self.dtype.itemsize
 
     @property
     def grams(self) -> str:
@@ -132,7 +141,7 @@ def calibrate(s: Session) -> tuple[Tensor, Tensor]:
     c = s.config.calibration
 
     def compute() -> dict[str, Tensor]:
-        say_if_float32(s.model, s.config.dtype)
+        say_type(s.model, s.dtype, s.config.dtype)
         source = calibration.auto_source() if c.source == "auto" else c.source
         s.run.note("calibration_source", source)
         n = c.samples + c.holdout
@@ -427,7 +436,7 @@ def check_reach(s: Session, space: SearchSpace, target: Target) -> None:
         return
     ends = sorted(target.worth(cost, dense, batch) for cost in (least, min(most, dense)))
     if s.timetable is None:
-        where = f"with {s.context} tokens of context for {batch} sequences in {s.model.dtype}".replace("torch.", "")
+        where = f"with {s.context} tokens of context for {batch} sequences in {s.dtype}".replace("torch.", "")
     else:
         where = (
             f"on this device ({s.timetable.key['device']}; {s.request.batch} x {s.request.prompt} tokens of prompt, "

@@ -17,6 +17,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from prunus.launched import is_main
 from prunus.progress import BarProgress, LineProgress, Progress, silent
 from prunus.recording.artefact import write_text
 
@@ -25,10 +26,10 @@ PIPE_WIDTH = 160  # of tables in files and pipes, where there is no terminal to 
 
 
 class Terminal:
-    """Where one command shows its work and its result."""
+    """Where one command shows its work and its result; of several processes only the first one does."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
+        self.quiet = quiet or not is_main()
         self.out = _console(sys.stdout)
         self.err = _console(sys.stderr)
 
@@ -66,6 +67,8 @@ class Terminal:
 
     def result(self, result: Mapping[str, Any], json_file: str | None) -> None:
         """Show a result as tables and lines, and write it whole to a JSON file (`-`: stdout, and nothing else)."""
+        if not is_main():
+            return
         text = json.dumps(_finite(result), indent=1) + "\n"
         if json_file == "-":
             sys.stdout.write(text)

@@ -252,7 +252,7 @@ class _Bench:
         return found
 
     def dense(self) -> dict[str, Any]:
-        loading.say_if_float32(self.model, self.config.dtype)
+        loading.say_type(self.model, self.loaded.dtype, self.config.dtype)
         whole = parameters(self.model)
         return {
             "method": DENSE, "kept": 1.0, "kept_blocks": 1.0, "kept_all": 1.0, "parameters": whole["all"],
@@ -351,7 +351,7 @@ class _Source:
             outcome, spent = subject.run(lambda: baseline.run(subject, keep))
         except UserError as error:  # a share that a method cannot reach: the others go on
             return {"done": False, "refused": str(error)}
-        found = _described(outcome, spent, self.bench.model)
+        found = _described(outcome, spent, self.bench.loaded)
         try:
             measured = self.bench.measured(outcome.model, baseline.structured)
         except UserError as error:  # a network that gives NaN, say: that is a result too
@@ -377,7 +377,7 @@ class _Source:
         )
         layers = SubNetwork.from_json(_manifest_subnetwork(folder / network["path"]))
         note = f"one run for {len(keeps)} shares: its cost is that of all of them"
-        found = _described(Outcome(small.model, layers, (note,)), spent, b.model)
+        found = _described(Outcome(small.model, layers, (note,)), spent, b.loaded)
         return {"done": True, **found, "structured": True, **b.measured(small.model)}
 
 
@@ -385,8 +385,8 @@ def _manifest_subnetwork(path: Path) -> str:
     return str(verify(path)["subnetwork"])
 
 
-def _described(outcome: Outcome, spent: Spent, dense: nn.Module) -> dict[str, Any]:
-    sizes = rivals.sizes(outcome, dense)
+def _described(outcome: Outcome, spent: Spent, dense: Loaded) -> dict[str, Any]:
+    sizes = rivals.sizes(outcome, dense.model, dense.dtype.itemsize)
     kept = {key: sizes[key] for key in ("kept_blocks", "kept_all", "parameters", "n_bytes")}
     return {**kept, "notes": list(outcome.notes), "hidden": sizes["hidden"], "layers": sizes["layers"], **asdict(spent)}
 

@@ -69,8 +69,7 @@ def compress(config: CompressConfig, out: Path, progress: Progress) -> dict[str,
     loaded = loading.load_configured(config, windows=windows)
     refuse(baseline, str(loaded.model.config.model_type), config.keep)
     with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:
-        family = family_of(loaded.model.config)
-        s = Session(run, config, loaded.model, loaded.tokenizer, loaded.generation_config, family, progress)
+        s = Session.of(run, config, loaded, progress)
         run.require_space(len(config.keep) * costs.n_bytes(s.layout, s.whole, s.width), "the checkpoints")
         ids, holdout = steps.calibrate(s)
         dense = describe.measure_dense(s)
@@ -119,7 +118,9 @@ def _one(
     manifest = {**manifest, "subnetwork": found.pop("subnetwork"), "method": baseline.name}
 
     def save(model: nn.Module, path: Path) -> None:
-        checkpoint.save(model, s.tokenizer, path, card=card, manifest=manifest, generation_config=s.generation_config)
+        checkpoint.save(
+            model, s.tokenizer, path, card=card, manifest=manifest, generation_config=s.generation_config, dtype=s.dtype
+        )
 
     s.run.do(
         "extract", f"models/{name}", lambda: outcome().model, save=save, load=lambda path: nn.Identity(),
@@ -130,7 +131,7 @@ def _one(
 
 def figures(s: Session, name: str, outcome: Outcome, holdout: Tensor) -> dict[str, Any]:
     """Sizes and measured figures of one network, as `describe.figures` gives them for ours."""
-    found: dict[str, Any] = {"name": name, **sizes(outcome, s.model), "subnetwork": outcome.sub.to_json()}
+    found: dict[str, Any] = {"name": name, **sizes(outcome, s.model, s.width), "subnetwork": outcome.sub.to_json()}
     model = outcome.model
     kl = kl_divergence(model, s.model, holdout.flatten().cpu(), length=holdout.shape[1], chunks=len(holdout), bos=False)
     s.run.count_tokens(2 * holdout.numel())
@@ -142,8 +143,8 @@ def figures(s: Session, name: str, outcome: Outcome, holdout: Tensor) -> dict[st
     return found | {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
 
 
-def sizes(outcome: Outcome, dense: nn.Module) -> dict[str, Any]:
-    """What a network counts, everything that it holds included; masks by what is not zero."""
+def sizes(outcome: Outcome, dense: nn.Module, width: int) -> dict[str, Any]:
+    """What a network counts, everything that it holds included; masks by what is not zero. width: bytes of a number."""
     model, sub = outcome.model, outcome.sub
     own, whole = parameters(model), parameters(dense)
     zeros = {"blocks": 0, "all": 0}
@@ -155,7 +156,7 @@ def sizes(outcome: Outcome, dense: nn.Module) -> dict[str, Any]:
         "kept_blocks": (own["blocks"] - zeros["blocks"]) / whole["blocks"],
         "kept_all": (own["all"] - zeros["all"]) / whole["all"],
         "parameters": own["all"],
-        "n_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "n_bytes": sum(p.numel() for p in model.parameters()) * width,
         "hidden": sub.hidden,
         "layers": [(x.kv_heads, x.q_per_kv, x.mlp) for x in sub.layers],
         "uniform": not str(getattr(model.config, "model_type", "")).startswith("prunus_"),

@@ -78,6 +78,7 @@ def export(
         device=device,
         trust_remote_code=trust_remote_code,
         compress=False,
+        widen=False,  # what is written is in the model's type
     )
     if format == "onnx":
         return onnx_export.write(loaded, target, progress)

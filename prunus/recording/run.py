@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 class Run:
     """A run directory, locked for this process; use it as a context manager, or close() it."""
 
-    def __init__(self, directory: Path, manifest: dict[str, Any], lock: FileLock, steps: Sequence[str]) -> None:
+    def __init__(self, directory: Path, manifest: dict[str, Any], lock: FileLock | None, steps: Sequence[str]) -> None:
         self.directory = directory
         self.manifest = manifest
         self.steps = tuple(steps)
@@ -178,7 +178,8 @@ class Run:
         """Give the directory free for other processes."""
         remove(self._partial)
         (self.directory / ".prunus" / "owner").unlink(missing_ok=True)
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> Run:
         return self

@@ -77,7 +77,7 @@ class TrainConfig(Section):
     )  # fmt: skip
     precision: Literal["auto", "bfloat16", "float32"] = setting(
         "auto",
-        "of matrix products (auto: bfloat16); what is trained is float32",
+        "of matrix products (auto: bfloat16 where the device multiplies it); what is trained is float32",
         step="train",
         flag="precision",
     )

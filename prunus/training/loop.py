@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,8 +24,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prunus.errors import UserError
+from prunus.launched import is_main
 from prunus.models.families import Family
 from prunus.models.heads import Head, head_of, summed_loss
+from prunus.models.precision import multiplies
 from prunus.models.slicing import activate
 from prunus.recording.artefact import write_text
 from prunus.searching.objective import Weights
@@ -372,7 +373,7 @@ def arguments(job: Job) -> TrainingArguments:
         weight_decay=c.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=c.clip,
-        bf16=c.precision in ("bfloat16", "auto"),
+        bf16=c.precision == "bfloat16" or (c.precision == "auto" and multiplies(torch.bfloat16, device)),
         use_cpu=device.type == "cpu",
         logging_steps=c.log_every,
         logging_nan_inf_filter=False,
@@ -451,15 +452,10 @@ def _remember(job: Job, world: int) -> None:
         write_text(path, json.dumps(note, indent=1))
 
 
-def is_main() -> bool:
-    """True in the process that writes: the only one, or the first that a launcher started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _digest(windows: Windows) -> str:
     from prunus.texts.calibration import token_hash
 
     return token_hash(torch.cat([windows.ids, windows.labels]))[:16]
 
 
-__all__ = ["Draw", "Fitted", "Job", "Network", "Pass", "SandwichTrainer", "fit", "is_main"]
+__all__ = ["Draw", "Fitted", "Job", "Network", "Pass", "SandwichTrainer", "fit"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 from prunus import machine
 from prunus.config import CompressConfig
 from prunus.errors import UserError
+from prunus.launched import is_main
 from prunus.models import checkpoint, loading
 from prunus.models.families import family_of
 from prunus.models.loading import Loaded
 from prunus.progress import Progress, silent
 from prunus.texts.instructions import windows_of
 from prunus.training import adapters
-from prunus.training.loop import Fitted, Job, arguments, fit, identity, is_main, trainer_steps
+from prunus.training.loop import Fitted, Job, arguments, fit, identity, trainer_steps
 from prunus.training.teaching import Teacher
 
 
@@ -43,7 +43,7 @@ def recover(
     dense = _load(config, teacher) if teacher else None
     if dense is not None:
         _refuse_unlike(student, dense)
-    family, dtype = family_of(student.model.config), next(student.model.parameters()).dtype
+    family = family_of(student.model.config)
     if c.rank:
         adapters.attach(
             student.model, family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt, seed=config.seed
@@ -67,7 +67,6 @@ def recover(
     found = {**_figures(job, fitted, config, teacher), "identity": own}
     if is_main():
         adapters.merge(student.model)
-        student.model.to(dtype)
         _save(student, target, found)
         shutil.rmtree(folder, ignore_errors=True)
     return {**found, "checkpoint": str(target)}
@@ -83,17 +82,10 @@ def _finished(target: Path, own: Mapping[str, Any]) -> dict[str, Any] | None:
     raise UserError(f"{str(target)!r} holds another network already; choose another --out, or delete it")
 
 
-def own_device(device: str) -> str:
-    """Of the CUDA devices that several processes share ("cuda"), this process's own."""
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
-
-
 def _load(config: CompressConfig, model: str) -> Loaded:
     return loading.load(
         model, revision=config.revision if model == config.model else None, dtype=config.dtype,
-        device=own_device(config.device),
-        trust_remote_code=config.trust_remote_code, compress=False,
+        device=config.device, trust_remote_code=config.trust_remote_code, compress=False,
     )  # fmt: skip
 
 
@@ -140,7 +132,7 @@ def _save(student: Loaded, target: Path, found: Mapping[str, Any]) -> None:
     manifest = {**origin, "recovery": dict(found), "environment": machine.environment()}
     checkpoint.save(
         student.model, student.tokenizer, target, card=_card(found, origin), manifest=manifest,
-        generation_config=student.generation_config,
+        generation_config=student.generation_config, dtype=student.dtype,
     )  # fmt: skip
 
 

@@ -12,15 +12,16 @@ import logging
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from prunus import machine
+from prunus import launched, machine
 from prunus.errors import UserError
 from prunus.evaluation import perplexity
 from prunus.models import checkpoint, costs
 from prunus.models.families import full
+from prunus.models.precision import cast
 from prunus.models.slicing import activate, sort
 from prunus.recording.artefact import remove
 from prunus.reforming import levels
@@ -30,9 +31,12 @@ from prunus.searching.objective import Divergence
 from prunus.steps import Session, measure_moments, sort_model, space_of_run
 from prunus.subnetwork import SubNetwork
 from prunus.texts.instructions import Windows, windows_of
-from prunus.training import adapters, draws
+from prunus.training import adapters, draws, meeting
 from prunus.training.nested import Nested
 from prunus.training.teaching import Teacher
+
+if TYPE_CHECKING:
+    from prunus.training.loop import Job
 
 WATCHED = (1.0, 0.5, 0.0)  # how far up its pool the networks stand that are watched while training
 log = logging.getLogger(__name__)
@@ -93,10 +97,12 @@ def train(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> dict[str, Tenso
             "environment": machine.environment(),
         }
         checkpoint.save(
-            model, s.tokenizer, path, card=_card(s), manifest=manifest, generation_config=s.generation_config
+            model, s.tokenizer, path, card=_card(s), manifest=manifest, generation_config=s.generation_config,
+            dtype=s.dtype,
         )  # fmt: skip
 
     s.run.do("train", "supernet", lambda: _train(s, ids, orders, space), save=save, load=load)
+    meeting.part()
     _clear_states(s)
     s.tier = "-trained"
     measure_moments(s, ids, "train")
@@ -126,14 +132,49 @@ def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> None:
         sort(s.model, s.family, order)
 
 
-def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> nn.Module:
-    from prunus.training.loop import Job, arguments, fit, trainer_steps
+def join(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> None:
+    """Train beside the first process, which does everything else of the run; `s.run` is only read."""
+    from prunus.training.loop import fit
 
-    c, dtype = s.config.train, next(s.model.parameters()).dtype
-    some, holdout = windows(s)
-    pool = _pool(s, ids, orders, space)
+    _sort(s, ids, orders)
+    fit(_job(s, ids, orders, space_of_run(s), s.run.grow("train", "training"))[0])
+
+
+def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> nn.Module:
+    from prunus.training.loop import arguments, fit, trainer_steps
+
+    dtype = next(s.model.parameters()).dtype
     folder = s.run.grow("train", "training")
     folder.mkdir(exist_ok=True)
+    job, pool = _job(s, ids, orders, space, folder)
+    meeting.call()
+    with s.progress("training", trainer_steps(job, arguments(job))) as advance:
+        job.advance = advance
+        fitted = fit(job)
+    assert job.draw is not None
+    s.run.count_tokens(fitted.tokens * 3 * len(job.draw(random.Random(0))))  # a backward counts as two forwards
+    adapters.merge(s.model)
+    cast(s.model, dtype)
+    s.run.note(
+        "train",
+        {
+            "data": Path(str(s.config.train.data)).name, "windows": len(job.windows), "tokens": fitted.tokens,
+            "steps": fitted.steps, "seconds": fitted.seconds, "processes": launched.processes(),
+            "truncated_rows": job.windows.truncated, "skipped_rows": job.windows.skipped,
+            "pool": len(pool.networks), "empty_bins": len(pool.empty), "bins": len(pool.bins),
+            "held_out": [row for row in fitted.history if "eval_loss" in row],
+        },
+    )  # fmt: skip
+    return s.model
+
+
+def _job(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space, folder: Path) -> tuple[Job, draws.Pool]:
+    """What is trained, in every process alike, and the networks that are drawn."""
+    from prunus.training.loop import Job
+
+    c = s.config.train
+    some, holdout = windows(s)
+    pool = _pool(s, ids, orders, space)
     teacher = None
     if c.teacher == "dense":
         dense = copy.deepcopy(s.model)
@@ -144,29 +185,13 @@ def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) 
         )
     else:
         s.model.float()
-    draw = draws.draw_of(space, pool, c.strategy, c.drawn)
     job = Job(
         s.model, s.family, some, c, folder, seed=s.config.seed, teacher=teacher, holdout=holdout,
-        draw=draw, watched=_watched(s, space, pool),
+        draw=draws.draw_of(space, pool, c.strategy, c.drawn), watched=_watched(s, space, pool),
         weights=Nested(s.model, s.family, sort_model(s, orders)) if c.reformed else None,
         belongs_to={"model": s.run.source.get("sha256"), "pool": [space.key(), *(n.key() for n in pool.networks)]},
     )  # fmt: skip
-    with s.progress("training", trainer_steps(job, arguments(job))) as advance:
-        job.advance = advance
-        fitted = fit(job)
-    s.run.count_tokens(fitted.tokens * 3 * len(draw(random.Random(0))))  # a backward counts as two forwards
-    adapters.merge(s.model)
-    s.model.to(dtype)
-    s.run.note(
-        "train",
-        {
-            "data": Path(str(c.data)).name, "windows": len(some), "tokens": fitted.tokens, "steps": fitted.steps,
-            "seconds": fitted.seconds, "truncated_rows": some.truncated, "skipped_rows": some.skipped,
-            "pool": len(pool.networks), "empty_bins": len(pool.empty), "bins": len(pool.bins),
-            "held_out": [row for row in fitted.history if "eval_loss" in row],
-        },
-    )  # fmt: skip
-    return s.model
+    return job, pool
 
 
 def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> draws.Pool:
@@ -260,4 +285,4 @@ It is an ordinary checkpoint of the full size.
 """
 
 
-__all__ = ["check", "train", "windows"]
+__all__ = ["check", "join", "train", "windows"]
