@@ -30,7 +30,7 @@ types: $(VENV)/dev.stamp
 	$(BIN)/mypy --strict prunus
 
 tests: $(VENV)/dev.stamp types lint
-	$(BIN)/python -m pytest -n $(TEST_JOBS) -m "not real" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not real" $(PYTEST_FLAGS)
 	$(BIN)/python -m pytest -m real $(PYTEST_FLAGS)
 
 format: $(VENV)/dev.stamp

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 VERSION = "0.1.0"  # of Prunus, installed or not: pyproject.toml reads it here
+INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the first two multiply bfloat16
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "optuna")
 
 
@@ -35,15 +36,17 @@ class Meter:
 
 @cache
 def words() -> str:
-    """The machine in a few words: processor, cores, memory."""
-    name = platform.processor() or platform.machine()
+    """The machine in a few words: processor, its widest instructions for matrices, cores, memory."""
+    name, widest = platform.processor() or platform.machine(), ""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+        flags = next((line.split() for line in lines if line.startswith("flags")), [])
+        widest = next((f", {word}" for word in INSTRUCTIONS if word in flags), "")
     memory = ""
     with contextlib.suppress(AttributeError, ValueError, OSError):
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    return f"{name}, {os.cpu_count()} cores{memory}"
+    return f"{name}{widest}, {os.cpu_count()} cores{memory}"
 
 
 def environment() -> dict[str, str]:

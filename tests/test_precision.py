@@ -68,7 +68,11 @@ def config(**changes: Any) -> CompressConfig:
 
 
 @needs_data
-@pytest.mark.parametrize("method", ["prunus", "slicegpt", "trained"])
+@pytest.mark.parametrize(
+    ("method", "fast"),
+    [("prunus", True), ("prunus", False), ("slicegpt", False), ("trained", False)],
+    indirect=["fast"],
+)
 def test_checkpoints_are_written_as_asked_and_measured_as_written(method: str, fast: bool, tmp_path: Path) -> None:
     out, changes = tmp_path / "run", {"train__data": str(TEXT)} if method == "trained" else {"method": method}
     (tmp_path / "held.txt").write_text(TEXT.read_text()[-4000:])
@@ -91,6 +95,7 @@ def test_checkpoints_are_written_as_asked_and_measured_as_written(method: str, f
 
 
 @needs_data
+@pytest.mark.parametrize("fast", [False], indirect=True)
 def test_a_pick_is_written_as_its_run_is(fast: bool, tmp_path: Path) -> None:
     compress(config(), tmp_path / "run")
     pick(tmp_path / "run", 0.7)

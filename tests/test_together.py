@@ -7,21 +7,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace as Some
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from prunus import launched, pipeline
+from prunus.cli import app
 from prunus.config import nest, resolve
 from prunus.errors import UserError
 from prunus.recording.reader import ReadOnlyRun
 from prunus.recording.run import Run
 from prunus.terminal import Terminal
 from prunus.training import meeting
+from prunus.training.loop import _refuse_sharded
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODEL = SHARED / "models" / "stories260k-hf"
@@ -62,6 +66,72 @@ def test_two_processes_make_the_run_that_one_makes_with_twice_the_accumulation(t
     assert all(torch.allclose(weight, two[name], atol=1e-5) for name, weight in one.items())
     name = "model.norm.weight"  # which sorting leaves as it is
     assert float((two[name] - dense[name]).abs().max()) > 1e-4
+
+
+SHARDED = """
+import sys
+from accelerate.state import DistributedType, PartialState
+from prunus.training import states
+
+begin = PartialState.__init__
+def pretend(self, *args, **more):  # accelerate shards on GPUs only; FSDP2 itself does it anywhere
+    begin(self, *args, **more)
+    self.distributed_type = DistributedType.MULTI_GPU
+PartialState.__init__ = pretend
+
+put = states.put
+def seen(model, weights):
+    print("put together again", flush=True)
+    put(model, weights)
+states.put = seen
+
+from prunus.cli import app
+app(sys.argv[1:], prog_name="prunus")
+"""
+
+
+@needs_data
+def test_recover_on_sharded_weights_is_recover(tmp_path: Path) -> None:
+    """FSDP2, two real processes on the CPU; the state in the middle is written and read in pieces too."""
+    words = ["recover", str(MODEL), "--teacher", str(MODEL), "--train", str(TEXT), "--ce", "0.5", "--dtype", "float32"]
+    own = {key: value for key, value in SETTINGS.items() if key.startswith("train.")}
+    for key, value in {**own, "train.checkpointing": True}.items():
+        words += ["--set", f"{key}={value}"]
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    env = {
+        **os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    }  # fmt: skip
+    done = subprocess.run(
+        [*launch, *words, "--out", str(tmp_path / "two")], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("put together again") == 1  # it was in pieces
+    alone = [*words, "--set", "train.accumulation=2", "--out", str(tmp_path / "one")]
+    assert CliRunner().invoke(app, alone).exit_code == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(weight, two[name], atol=1e-5) for name, weight in one.items())
+
+
+def test_sharding_that_cannot_serve_is_refused() -> None:
+    def trainer(draw: Any = None, **plugins: Any) -> Any:
+        state = Some(**plugins)
+        return Some(accelerator=Some(state=state), draw=draw, weights=None)
+
+    _refuse_sharded(trainer())
+    _refuse_sharded(trainer(fsdp_plugin=Some(fsdp_version=2)))
+    _refuse_sharded(trainer(draw=len, deepspeed_plugin=Some(zero_stage=2)))
+    for refused, words in (
+        (trainer(deepspeed_plugin=Some(zero_stage=3)), "zero_stage 1 or 2"),
+        (trainer(fsdp_plugin=Some(fsdp_version=1)), "fsdp_version: 2"),
+        (trainer(draw=len, fsdp_plugin=Some(fsdp_version=2)), "views into whole weights"),
+    ):
+        with pytest.raises(UserError, match=words):
+            _refuse_sharded(refused)
 
 
 @pytest.fixture

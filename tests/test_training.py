@@ -330,9 +330,9 @@ if os.environ.get("RANK", "0") == "0":
 """
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_two_processes_are_one_with_twice_the_accumulation(rank: int, tmp_path: Path) -> None:
-    """Subprocesses import torch and start a process group: some seconds."""
+def test_two_processes_are_one_with_twice_the_accumulation(tmp_path: Path) -> None:
+    """Adapters, in processes that import torch and start a group: some seconds. All weights: test_together.py."""
+    rank = 2
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -63,6 +63,7 @@ class Fitted:
     steps: int
     tokens: int  # tokens of all steps together, each counted once however many passes saw it; padding counts
     seconds: float
+    whole: dict[str, Tensor] | None = None  # what was trained, where the model that was is in pieces now
 
 
 class Network(nn.Module):
@@ -178,18 +179,31 @@ class SandwichTrainer(Trainer):
             taught, taught_head = self.teacher.hidden(inputs["index"], ids), self.teacher.head
         passes, total = self.plan(), torch.zeros((), device=ids.device)
         for k, one in enumerate(passes):
-            last = k == len(passes) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self.active(one.subnetwork):
+            waits = contextlib.nullcontext() if k == len(passes) - 1 else self._adding_up(model)
+            with waits, self.active(one.subnetwork):
                 out = model(
                     input_ids=ids, labels=labels, ce=one.ce, kd=one.kd, teacher=taught, teacher_head=taught_head
                 )
                 loss = out["loss"] * (scale * one.weight)
                 self._refuse_nan(loss, one)
-                self.accelerator.backward(loss)
+                # the loss is divided by the labels of the whole step already, and DeepSpeed would divide it again
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}))
             if one.subnetwork is None and self.teacher is None:
                 taught = out["hidden"]
             total += loss.detach()
         return total
+
+    @contextlib.contextmanager
+    def _adding_up(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block gradients stay with their process, and DeepSpeed, which steps in `backward`, does not."""
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(before)
 
     @contextlib.contextmanager
     def active(self, sub: SubNetwork | None) -> Iterator[None]:
@@ -216,10 +230,11 @@ class SandwichTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- its checkpoints
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Only what is trained: adapters, or all weights in their master precision."""
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Only what is trained: adapters, or all weights in their master precision. All processes come here."""
+        weights = states.trained(self.network.model)
         if self.args.should_save:
-            states.save(self.network.model, Path(str(output_dir or self.args.output_dir)), self.seconds)
+            states.save(weights, Path(str(output_dir or self.args.output_dir)), self.seconds)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._earlier = states.load(self.network.model, Path(resume_from_checkpoint))
@@ -308,6 +323,7 @@ def fit(job: Job) -> Fitted:
     config = job.config
     args = arguments(job)
     network = Network(job.model, config)
+    buffers = {name: buffer.clone() for name, buffer in job.model.named_buffers()}
     if config.checkpointing:
         job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = SandwichTrainer(
@@ -315,6 +331,7 @@ def fit(job: Job) -> Fitted:
         weights=job.weights, train_dataset=Rows(job.windows), eval_dataset=Rows(job.holdout) if job.holdout else None,
         callbacks=[_Advance(job)],
     )  # fmt: skip
+    _refuse_sharded(trainer)
     for callback in (*trainer.callback_handler.callbacks,):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
@@ -331,8 +348,26 @@ def fit(job: Job) -> Fitted:
         history.append({**trainer.evaluate(), "step": total})
     if config.checkpointing:
         job.model.gradient_checkpointing_disable()
+    for name, buffer in buffers.items():  # DeepSpeed rounds the frequencies of RoPE too
+        job.model.get_buffer(name).data = buffer
     job.model.eval()
-    return Fitted(history, total, tokens_seen(job, args, total), seconds)
+    whole = states.trained(job.model) if states.is_sharded(job.model) else None
+    return Fitted(history, total, tokens_seen(job, args, total), seconds, whole)
+
+
+def _refuse_sharded(trainer: SandwichTrainer) -> None:
+    """Raise UserError for ways of sharding in which a sub-network cannot be a view into its super-network."""
+    state: Any = trainer.accelerator.state
+    fsdp, zero = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if zero is not None and zero.zero_stage > 2:
+        raise UserError("DeepSpeed's stage 3 leaves no process a whole weight; give zero_stage 1 or 2, or FSDP 2")
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise UserError("of FSDP only version 2 is served; give fsdp_version: 2 in accelerate's configuration")
+    if fsdp is not None and (trainer.draw is not None or trainer.weights is not None):
+        raise UserError(
+            "sub-networks are views into whole weights, which FSDP shards; train a super-network by torchrun alone, or "
+            "with DeepSpeed's stages 1 and 2"
+        )
 
 
 def tokens_seen(job: Job, args: TrainingArguments, steps: int) -> int:

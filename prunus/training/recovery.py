@@ -17,7 +17,7 @@ from prunus.models.families import family_of
 from prunus.models.loading import Loaded
 from prunus.progress import Progress, silent
 from prunus.texts.instructions import windows_of
-from prunus.training import adapters
+from prunus.training import adapters, states
 from prunus.training.loop import Fitted, Job, arguments, fit, identity, trainer_steps
 from prunus.training.teaching import Teacher
 
@@ -44,12 +44,7 @@ def recover(
     if dense is not None:
         _refuse_unlike(student, dense)
     family = family_of(student.model.config)
-    if c.rank:
-        adapters.attach(
-            student.model, family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt, seed=config.seed
-        )  # fmt: skip
-    else:
-        student.model.float()
+    _make_trainable(student.model, config)
     folder = target.with_name(f"{target.name}.training")
     taught = Teacher(dense.model, folder, windows.ids, dense.source.sha256) if dense is not None else None
     job = Job(
@@ -66,10 +61,26 @@ def recover(
         fitted = fit(job)
     found = {**_figures(job, fitted, config, teacher), "identity": own}
     if is_main():
+        if fitted.whole is not None:  # the model is in pieces, and hooks would put it back into them
+            student = _load(config, config.model)
+            _make_trainable(student.model, config)
+            states.put(student.model, fitted.whole)
         adapters.merge(student.model)
         _save(student, target, found)
         shutil.rmtree(folder, ignore_errors=True)
     return {**found, "checkpoint": str(target)}
+
+
+def _make_trainable(model: Any, config: CompressConfig) -> None:
+    """Adapters, or all weights as float32 masters (**in place**)."""
+    c = config.train
+    if c.rank:
+        adapters.attach(
+            model, family_of(model.config), rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt,
+            seed=config.seed,
+        )  # fmt: skip
+    else:
+        model.float()
 
 
 def _finished(target: Path, own: Mapping[str, Any]) -> dict[str, Any] | None:
