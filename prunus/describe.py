@@ -181,8 +181,18 @@ model = AutoModelForCausalLM.from_pretrained("PATH"{extra})
 tokenizer = AutoTokenizer.from_pretrained("PATH"{extra})
 ```
 
-{why} The licence is that of the original model.
+{why}{_advice(s)} The licence is that of the original model.
 """
+
+
+def _advice(s: Session) -> str:
+    """What to do on a machine that may be another one than this."""
+    if s.dtype.itemsize != 2:
+        return ""
+    name = str(s.dtype).removeprefix("torch.")
+    return (
+        f' On a processor that does not multiply {name} (no AVX-512, no GPU), add `dtype="float32"`: it is far faster.'
+    )
 
 
 def _exact(value: float) -> str:
@@ -248,8 +258,16 @@ def report_data(
         "prompt": PROMPT,
         **({"error_curves": error_curves(s, p)} if p else {}),  # type: ignore[typeddict-item]
         **({"draws": drawn(s)} if s.config.train.data and drawn(s) else {}),  # type: ignore[typeddict-item]
+        **({"types": types} if (types := _types(s)) else {}),  # type: ignore[typeddict-item]
         **({"latency": json.loads(s.timetable.to_json())} if s.timetable else {}),  # type: ignore[typeddict-item]
     }
+
+
+def _types(s: Session) -> dict[str, str]:
+    """The types that weights are stored and computed in, where these are two."""
+    computed = next(s.model.parameters()).dtype
+    both = {"stored": s.dtype, "computed": computed}
+    return {key: str(one).removeprefix("torch.") for key, one in both.items()} if computed != s.dtype else {}
 
 
 def tried(s: Session, p: Prepared) -> list[Tried]:

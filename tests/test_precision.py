@@ -87,6 +87,9 @@ def test_checkpoints_are_written_as_asked_and_measured_as_written(method: str, f
     loaded = loading.load(str(path), compress=False)
     assert loaded.dtype == torch.bfloat16
     assert loaded.model.dtype == (torch.bfloat16 if fast else torch.float32)
+    assert data.get("types") == (None if fast else {"stored": "bfloat16", "computed": "float32"})
+    assert ('dtype="float32")' in (out / "report.md").read_text()) is not fast
+    assert '`dtype="float32"` is many times faster' in (path / "README.md").read_text()
     if method == "slicegpt" or fast:  # rivals' weights are rounded after they were measured
         return
     again = evaluate(loaded.model, loaded.tokenizer, str(tmp_path / "held.txt"), length=64, chunks=12)

@@ -41,6 +41,7 @@ class ReportData(TypedDict):
     latency: NotRequired[dict[str, Any]]  # the table that times were predicted by, as JSON
     front: NotRequired[dict[str, Any]]  # a front of several objectives and its control: RUN/search/front.json
     draws: NotRequired[dict[str, Any]]  # sizes that the training drew from: counts, least, most, sampler
+    types: NotRequired[dict[str, str]]  # where weights are stored in another type than they computed in: both
 
 
 def write_report(run_dir: Path | str, data: ReportData) -> Path:
@@ -307,8 +308,14 @@ def _quote(text: str) -> str:
 
 
 def _loading(data: ReportData) -> str:
-    saved = [n for n in data["chosen"] if "path" in n]
-    words = []
+    saved, types = [n for n in data["chosen"] if "path" in n], data.get("types")
+    words, typed = [], ""
+    if types:
+        typed = f', dtype="{types["computed"]}"'
+        words.append(
+            f"The weights are stored in {types['stored']}, which this processor does not multiply: everything here was "
+            f"computed and timed in {types['computed']}, and runs many times faster in it."
+        )
     for uniform, title, argument in (
         (True, "Plain Transformers, no Prunus needed", ""),
         (False, "Layers of different widths: the checkpoint brings its own modelling file", ", trust_remote_code=True"),
@@ -321,7 +328,7 @@ def _loading(data: ReportData) -> str:
         words.append(
             "```python\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{group[0]["path"]}"{argument})\n'
+            f'model = AutoModelForCausalLM.from_pretrained("{group[0]["path"]}"{argument}{typed})\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{group[0]["path"]}"{argument})\n'
             "```"
         )

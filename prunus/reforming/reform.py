@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+SHRINK = 0.85  # share of a matrix's rows below which those that were removed are cut out of it
+
 
 def ridge(gram: Tensor, damping: float) -> Tensor:
     """What is added to the diagonal of a Gram matrix, one number per input, to make few tokens or dead inputs solvable.
@@ -147,27 +149,30 @@ def greedy_order(weight: Tensor, gram: Tensor, damping: float = 1e-2, block: int
     weights and the inverse Gram as if they had been compensated for (optimal brain surgeon; Kurtic et al. 2023,
     ZipLM). The removal order is the nested order, right for every level at once.
     """
-    n = len(gram)
     inverse = torch.cholesky_inverse(factor(damped(gram, damping)))
     weight = weight.to(gram.dtype).clone()
-    alive = torch.ones(n, dtype=torch.bool, device=gram.device)
+    name = torch.arange(len(gram), device=gram.device)  # the input that each column stands for
+    alive = torch.ones_like(name, dtype=torch.bool)
     removed: list[Tensor] = []
-    left = n
+    left = len(gram)
     while left:
         scores = weight.square().sum(0) / inverse.diagonal()
         scores[~alive] = torch.inf
         gone = scores.topk(min(block, left), largest=False, sorted=True).indices
         rows = inverse[gone]
         step = torch.linalg.solve(rows[:, gone], rows)
-        weight -= weight[:, gone] @ step
-        inverse -= inverse[:, gone] @ step
+        weight.addmm_(weight[:, gone], step, alpha=-1)
+        inverse.addmm_(inverse[:, gone], step, alpha=-1)
         alive[gone] = False
         weight[:, gone] = 0
         inverse[gone] = 0
         inverse[:, gone] = 0
         inverse[gone, gone] = 1
-        removed.append(gone)
+        removed.append(name[gone])
         left -= len(gone)
+        if left < SHRINK * len(name):  # what is gone would go through every update that is left
+            weight, inverse, name = weight[:, alive], inverse[alive][:, alive], name[alive]
+            alive = torch.ones_like(name, dtype=torch.bool)
     return torch.cat(removed).flip(0)
 
 
