@@ -191,7 +191,7 @@ def _advice(s: Session) -> str:
         return ""
     name = str(s.dtype).removeprefix("torch.")
     return (
-        f' On a processor that does not multiply {name} (no AVX-512, no GPU), add `dtype="float32"`: it is far faster.'
+        f' Where the processor does not multiply {name} (most without AVX-512), `dtype="float32"` is many times faster.'
     )
 
 
