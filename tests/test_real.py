@@ -32,7 +32,13 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
     options = ["--keep", "0.8", "--dtype", "bfloat16", "--samples", "16", "--length", "256", "--generations", "0"]
     texts = ["--calibration", str(SHARED / "wiki.train.part.txt"), "--test-text", str(SHARED / "wiki.test.raw")]
     texts += ["--test-length", "512", "--test-chunks", "8"]
-    more = ["--set", "calibration.holdout=4", "--json", str(result), "--quiet"]
+    short = [
+        "--set",
+        "reform.sensitivity=1",
+        "--set",
+        "reform.sequential_samples=8",
+    ]
+    more = [*short, "--set", "calibration.holdout=4", "--json", str(result), "--quiet"]
     command = [sys.executable, "-m", "prunus", "compress", "demo", "--out", str(out), *options, *texts, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
