@@ -285,7 +285,7 @@ def _speed(seconds: Sequence[tuple[float, float]], prompt: int, batch: int, gene
 def _timed(
     models: Sequence[nn.Module], prompt: int, batch: int, generate: int, repeats: int
 ) -> list[list[tuple[float, float]]]:
-    """Seconds (prefill, decoding) of every model in every turn; one more before them warms up.
+    """Seconds (prefill, decoding) of every model in every turn; a prompt and one step before them warm up.
 
     `repeats` turns, and while that took less than `PATIENCE` seconds more of them, at most `MOST_TURNS`: the shorter a
     turn, the more another process on the device disturbs it.
@@ -294,10 +294,13 @@ def _timed(
         check_length(model, prompt + generate)
     vocabulary = min(int(getattr(m.config, "vocab_size", 2)) for m in models)
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    runs, start = [[_once(m, ids, generate) for m in models]], time.perf_counter()
-    while len(runs) <= repeats or (len(runs) <= MOST_TURNS and time.perf_counter() - start < PATIENCE):
+    for model in models:
+        _once(model, ids, 1)
+    runs: list[list[tuple[float, float]]] = []
+    start = time.perf_counter()
+    while len(runs) < repeats or (len(runs) < MOST_TURNS and time.perf_counter() - start < PATIENCE):
         runs.append([_once(m, ids, generate) for m in models])
-    return runs[1:]
+    return runs
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ import difflib
 import logging
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,13 +85,15 @@ def evaluate_tasks(
     skip: int = 0,
     batch: int = 8,
     seed: int = 0,
+    each: bool = False,
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
     """Accuracies of a model, with standard errors, as plain data.
 
     path: a folder of lm-eval task files; only those are read then, which needs no network where they name local data.
     limit: examples of each task at most (of each of MMLU's subjects). skip: examples that come before those; it needs
-    a limit. advance is told the tasks that are done.
+    a limit. advance is told the tasks that are done. each: with the score of every example ("each" of a task, None
+    where lm-eval has a figure for all of them only), which two models can be compared by.
     Returns {"tasks": [{task, value, se, metric, shots, n}], "mean", "mean_se", "limit"}; the standard error of the mean
     is that of independent tasks. Raises UserError for a missing package, folder, task or data, before the first forward
     where it can be known.
@@ -103,8 +106,8 @@ def evaluate_tasks(
     found: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(a.shots for a in asked):
         own = [a for a in asked if a.shots == shots]
-        raw = _evaluated(wrapped, own, shots, manager, (skip, limit), seed)
-        found |= {a.task: _figure(raw, a) for a in own}
+        raw = _evaluated(wrapped, own, shots, manager, (skip, limit), seed, each)
+        found |= {a.task: _figure(raw, a, each) for a in own}
         advance(len(own))
     values = [one["value"] for one in found.values()]
     errors = [one["se"] for one in found.values()]
@@ -155,16 +158,36 @@ def _manager(path: str | None) -> Any:
 def task_scores(
     model: Any, tokenizer: Any, tasks: Sequence[str], *, path: str | None = None, limit: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Zero-shot scores by task: {"score", "metric", "se", "n"}, for tables of many networks."""
-    found = evaluate_tasks(model, tokenizer, asked_for(tasks), path=path, limit=limit)["tasks"]
+    """Zero-shot scores by task: {"score", "metric", "se", "n", "each"}, for tables of many networks."""
+    found = evaluate_tasks(model, tokenizer, asked_for(tasks), path=path, limit=limit, each=True)["tasks"]
     return {
-        row["task"]: {"score": row["value"], "metric": row["metric"].partition(",")[0], "se": row["se"], "n": row["n"]}
+        row["task"]: {
+            "score": row["value"], "metric": row["metric"].partition(",")[0],
+            **{key: row[key] for key in ("se", "n", "each")},
+        }
         for row in found
-    }
+    }  # fmt: skip
+
+
+def difference(
+    own: Mapping[str, Mapping[str, Any]], other: Mapping[str, Mapping[str, Any]]
+) -> tuple[float, float] | None:
+    """How much better one model's mean score is than another's on the same examples, and the standard error of that.
+
+    own, other: what `task_scores` gave. Errors are those of paired examples and independent tasks; the models mostly
+    succeed and fail together, so that they are smaller than those of two separate scores. None where the two have no
+    tasks in common, or not the scores of every example.
+    """
+    both = [(own[name].get("each") or [], other[name].get("each") or []) for name in own if name in other]
+    if not both or any(len(a) != len(b) or len(a) < 2 for a, b in both):
+        return None
+    gains = [[x - y for x, y in zip(a, b, strict=True)] for a, b in both]
+    errors = [statistics.stdev(one) / math.sqrt(len(one)) for one in gains]
+    return sum(statistics.fmean(one) for one in gains) / len(gains), math.hypot(*errors) / len(errors)
 
 
 def _evaluated(
-    wrapped: Any, asked: Sequence[Asked], shots: int, manager: Any, some: tuple[int, int | None], seed: int
+    wrapped: Any, asked: Sequence[Asked], shots: int, manager: Any, some: tuple[int, int | None], seed: int, each: bool
 ) -> dict[str, Any]:
     from lm_eval import simple_evaluate
 
@@ -173,7 +196,7 @@ def _evaluated(
         samples = _later(manager, names, skip, limit) if skip and limit else None
         raw = simple_evaluate(
             model=wrapped, tasks=names, num_fewshot=shots, task_manager=manager, limit=None if samples else limit,
-            samples=samples, log_samples=False, bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
+            samples=samples, log_samples=each, bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
             torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
     except UserError:
@@ -210,8 +233,8 @@ def _later(manager: Any, names: list[str], skip: int, limit: int) -> dict[str, l
     return later
 
 
-def _figure(raw: Mapping[str, Any], one: Asked) -> dict[str, Any]:
-    """The figure of one task and its standard error."""
+def _figure(raw: Mapping[str, Any], one: Asked, each: bool) -> dict[str, Any]:
+    """The figure of one task and its standard error, and where asked for, that of every example."""
     row: Mapping[str, Any] = raw["results"][one.task]
     wanted = [m for m in (one.metric, *PREFERRED) if m]
     names = [m if "," in m else f"{m},none" for m in wanted]
@@ -229,7 +252,18 @@ def _figure(raw: Mapping[str, Any], one: Asked) -> dict[str, Any]:
         "metric": key.removesuffix(",none"),
         "shots": one.shots,
         "n": n,
+        **({"each": _each(raw["samples"], one.task, metric, how)} if each else {}),
     }
+
+
+def _each(samples: Mapping[str, Any], task: str, metric: str, how: str) -> list[float] | None:
+    """The metric of every example in the order of the data set; a group's subjects one after the other."""
+    names = [task] if task in samples else sorted(name for name in samples if name.startswith(f"{task}_"))
+    found = []
+    for name in names:
+        own = [one for one in samples[name] if one.get("filter", how) == how]
+        found += [one.get(metric) for one in sorted(own, key=lambda one: int(one["doc_id"]))]
+    return [float(x) for x in found] if found and all(isinstance(x, (bool, int, float)) for x in found) else None
 
 
 def _some(asked: str, known: set[str], n: int = 12) -> str:
@@ -240,4 +274,4 @@ def _some(asked: str, known: set[str], n: int = 12) -> str:
     return f"known are {', '.join(listed[:n])}" + (f" and {len(listed) - n} more" if len(listed) > n else "")
 
 
-__all__ = ["SUITES", "Asked", "asked_for", "evaluate_tasks", "manager_of", "task_scores"]
+__all__ = ["SUITES", "Asked", "asked_for", "difference", "evaluate_tasks", "manager_of", "task_scores"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,10 @@ def test_two_calibrations_and_two_texts(texts: tuple[str, str], tmp_path: Path) 
     assert set(rows[0]["perplexity"]) == {"stories.txt", "other.txt"}
     assert rows[0]["ppl64_other"] == rows[0]["perplexity"]["other.txt"]["64"]["ppl"]
     assert {"ppl64-calibration.txt", "ppl64_other-second.txt", "cost"} <= set(found["views"])
+    later = run(config(texts[0]), replace(asked, calibrations=(str(second),)), tmp_path / "out")
+    assert later["rows"] == found["rows"]  # those of earlier calls too, and the command makes them all
+    assert later["command"] == found["command"]
+    assert "--calibration calibration.txt --calibration second.txt" in found["command"]
 
 
 def test_what_a_bench_cannot_be_asked(texts: tuple[str, str], tmp_path: Path) -> None:
@@ -325,6 +331,25 @@ def test_tables_of_several_calibrations_and_of_tasks() -> None:
     each = tables.view(data, "tasks", "f.json")
     assert "| flap | d | 50% | 0.500 ± 0.030 | 0.500 ± 0.030 |" in each
     assert "first 200 questions at most" in each and "laco" not in each
+
+
+@needs_model
+def test_rows_are_compared_with_the_dense_model_question_by_question(
+    texts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([[1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    one = {"metric": "acc", "se": 0.2, "n": 4}
+    monkeypatch.setattr(
+        bench, "task_scores", lambda *a, **k: {"piqa": {**one, "score": sum(e := next(answers)) / 4, "each": e}}
+    )
+    asked = plan(texts, "magnitude", keeps=(0.8,), tasks=("piqa",))
+    for _ in range(2):  # the second time from the rows' files
+        dense, row = run(config(texts[0]), asked, tmp_path / "out")["rows"]
+        assert "task_gain" not in dense and row["task_gain"] == -0.5
+        assert row["task_gain_se"] == pytest.approx(math.sqrt(1 / 3 / 4))
+        assert row["tasks"] == {"piqa": {**one, "score": 0.25}}  # those of every question only in the row's file
+    page = (tmp_path / "out" / "bench.md").read_text()
+    assert "| against the dense |" in page and "| -0.500 ± 0.289 |" in page
 
 
 def test_unknown_tasks_are_refused(tmp_path: Path) -> None:

@@ -243,10 +243,39 @@ def test_task_accuracies_have_standard_errors(tmp_path: Path) -> None:
     p = row["value"]
     assert row["se"] == pytest.approx(math.sqrt(p * (1 - p) / 11), rel=1e-6)
     assert found["mean"] == p
+    [same] = evaluate_tasks(loaded.model, loaded.tokenizer, asked, path=tmp_path, limit=12, each=True)["tasks"]
+    assert {k: v for k, v in same.items() if k != "each"} == row
+    assert len(same["each"]) == 12 and sum(same["each"]) / 12 == pytest.approx(p)
     with pytest.raises(UserError, match=r"knows no task 'arc_esy' in .*did you mean arc_easy"):
         evaluate_tasks(loaded.model, loaded.tokenizer, asked_for(["arc_esy"]), path=tmp_path)
     with pytest.raises(UserError, match="is no folder"):
         evaluate_tasks(loaded.model, loaded.tokenizer, asked, path=tmp_path / "none")
+
+
+def test_examples_of_groups_and_of_several_filters_stand_in_their_order() -> None:
+    from prunus.tasks import _each
+
+    rows = [{"doc_id": k, "filter": "strict", "acc": float(k)} for k in (10, 2)]
+    other = {"doc_id": 2, "filter": "loose", "acc": 9.0}
+    samples = {"mmlu_b": [*rows, other], "mmlu_a": [{"doc_id": 0, "filter": "strict", "acc": 7}], "boolq": []}
+    assert _each(samples, "mmlu", "acc", "strict") == [7.0, 2.0, 10.0]
+    assert _each(samples, "mmlu", "word_perplexity", "strict") is None  # a figure of all examples together
+    assert _each(samples, "boolq", "acc", "strict") is None
+
+
+def test_the_gain_over_another_model_is_of_paired_examples() -> None:
+    from prunus.tasks import difference
+
+    own = {"a": {"each": [1, 1, 0, 1]}, "b": {"each": [0.5, 0.0]}}
+    other = {"a": {"each": [1, 0, 0, 0]}, "b": {"each": [0.0, 0.0]}}
+    gain, error = difference(own, other) or (0, 0)
+    assert gain == pytest.approx((2 / 4 + 1 / 4) / 2)
+    # gains 0 1 0 1: variance 1/3, of the mean 1/12; .5 0: variance 1/8, of the mean 1/16
+    assert error == pytest.approx(math.sqrt(1 / 12 + 1 / 16) / 2)
+    assert difference(own, own) == (0, 0)
+    assert difference(own, {"c": {"each": [1, 0]}}) is None
+    assert difference(own, {"a": {"each": [1, 0]}, "b": {"each": [1, 0]}}) is None
+    assert difference({"a": {"each": None}}, {"a": {"each": None}}) is None
 
 
 def test_suites_are_the_papers() -> None:

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from prunus.progress import Progress, silent
 from prunus.recording.artefact import load_json
 from prunus.recording.run import Run, read_manifest
 from prunus.subnetwork import SubNetwork
-from prunus.tasks import task_scores
+from prunus.tasks import difference, task_scores
 from prunus.texts import calibration
 
 STEPS = ("rows",)
@@ -134,9 +135,11 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
 def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """All rows of a bench, those of earlier commands too: the dense model, then by calibration, method and share."""
     files = {file: one["seconds"] for file, one in record.manifest["artefacts"].items() if record.done(file)}
-    there = [_told({**load_json(record.path(file)), "row_seconds": took}) for file, took in files.items()]
+    there = [{**load_json(record.path(file)), "row_seconds": took} for file, took in files.items()]
+    dense: dict[str, Any] = next((row.get("tasks", {}) for row in there if row["method"] == DENSE), {})
     known = [_which(row) for row in there]
     refused = [_told(row) for row in asked if "refused" in row and _which(row) not in known]
+    there = [_told(row, dense) for row in there]
     order = (DENSE, *names())
     sources = list(dict.fromkeys(row.get("calibration", "") for row in there))
     return sorted(
@@ -155,22 +158,35 @@ def _which(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return row["method"], row.get("calibration"), row["kept"]
 
 
-def _told(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with what its tables show under other names or in other units."""
+def _told(row: dict[str, Any], dense: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """A row with what its tables show under other names or in other units. dense: the dense model's tasks."""
     told = {"weights_mb": row["n_bytes"] / 1e6} if "n_bytes" in row else {}
     told |= {"decoded": row["speed"]["small"]["decode"]} if "speed" in row else {}
     told |= {"network": f"{row['method']}, {row['calibration']}"} if "calibration" in row else {}
     told |= {"scored": True} if "tasks" in row else {}
-    for task, one in row.get("tasks", {}).items():
+    scores: Mapping[str, Any] = row.get("tasks", {})
+    for task, one in scores.items():
         told |= {f"task_{task}": one["score"], f"task_{task}_se": one["se"]}
+    if row["method"] != DENSE and (gained := difference(scores, dense)):
+        told |= {"task_gain": gained[0], "task_gain_se": gained[1]}
+    if scores:  # those of every example stay in the row's file
+        told["tasks"] = {t: {k: v for k, v in one.items() if k != "each"} for t, one in scores.items()}
     return {**row, **told}
 
 
 def _spanned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
-    """The methods and shares of all rows, so that one command makes them all."""
+    """The methods, shares and calibrations of all rows, so that one command makes them all."""
     own = [row for row in rows if row["method"] != DENSE]
-    methods = tuple(dict.fromkeys([*(row["method"] for row in own), *plan.methods]))
-    return {"methods": methods, "keeps": tuple(sorted({*(row["kept"] for row in own), *plan.keeps}, reverse=True))}
+    named = {slug(_short(source)): source for source in plan.calibrations}  # rows of earlier calls: by their own names
+    return {
+        "methods": tuple(dict.fromkeys([*(row["method"] for row in own), *plan.methods])),
+        "keeps": tuple(sorted({*(row["kept"] for row in own), *plan.keeps}, reverse=True)),
+        "calibrations": tuple(dict.fromkeys([*(named.get(x, x) for x in _calibrations(own)), *plan.calibrations])),
+    }
+
+
+def _calibrations(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["calibration"] for row in rows if "calibration" in row))
 
 
 def recorded(config: CompressConfig, plan: Plan) -> dict[str, Any]:

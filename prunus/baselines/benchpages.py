@@ -37,12 +37,14 @@ def views(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 found |= _shares(rows, where, {"index": "method"}, f"-{source}{kind}", f"; calibrated on {source}.")
     if names := list(rows[0].get("tasks", {})) if rows else []:
         titles = [["method", "method", ""], ["calibration", "calibrated on", ""], ["kept", "kept", ".0%"]]
-        mean = ["task_mean", "mean", ".3f", "task_mean_se"]
+        means = [["task_mean", "mean", ".3f", "task_mean_se"]]
+        if gains := any("task_gain" in row for row in rows):
+            means.append(["task_gain", "against the dense", "+.3f", "task_gain_se"])
         most = max(one["n"] for one in rows[0]["tasks"].values())
         found["tasks"] = {
             "where": {"scored": True},
-            "columns": [*titles, *([f"task_{name}", name, ".3f", f"task_{name}_se"] for name in names), mean],
-            "note": f"Scores, {NORMED}; of each task the first {most} questions at most.",
+            "columns": [*titles, *([f"task_{name}", name, ".3f", f"task_{name}_se"] for name in names), *means],
+            "note": f"Scores, {NORMED}; of each task the first {most} questions at most." + (PAIRED if gains else ""),
         }
     found["cost"] = {"where": {"done": True}, "columns": COSTS}
     if took := [row["row_seconds"] for row in rows if "row_seconds" in row]:
@@ -73,6 +75,7 @@ def _shares(
 
 
 NORMED = "`acc_norm` where lm-eval has it, ± their standard errors"
+PAIRED = " The last column's errors are those of the same questions asked of both models."
 COSTS = [
     ["method", "method", ""],
     ["calibration", "calibrated on", ""],

@@ -33,7 +33,7 @@ def columns(rows: Sequence[Mapping[str, Any]], one: Mapping[str, Any]) -> str:
 
     def cell(row: Mapping[str, Any], key: str, form: str, error: str = "") -> str:
         known = row.get(error) if error else None
-        return number(row.get(key), form) + (f" ± {number(known, form)}" if known else "")
+        return number(row.get(key), form) + (f" ± {number(known, form.lstrip('+'))}" if known else "")
 
     head = [title for _, title, *_ in one["columns"]]
     return table(head, [[cell(row, key, *rest) for key, _, *rest in one["columns"]] for row in rows])
