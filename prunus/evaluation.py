@@ -25,6 +25,7 @@ Logits = Callable[[int, int], Tensor]  # (first position, end) -> logits (batch,
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in one forward
 PIECE = {"cpu": 2**24, "cuda": 2**27}  # numbers in one fp32 piece of logits
+TURNS = 5  # of a measurement of speed at least
 PATIENCE = 8.0  # seconds that a measurement of speed may take for more turns than it must
 MOST_TURNS = 25
 
@@ -255,19 +256,17 @@ def _standard_error(values: Sequence[float]) -> float | None:
 # -------------------------------------------------------------------------------------------------------------- speed
 
 
-def measure_speed(
-    model: nn.Module, *, prompt: int = 256, batch: int = 1, generate: int = 16, repeats: int = 5
-) -> Speed:
+def measure_speed(model: nn.Module, *, prompt: int = 256, batch: int = 1, generate: int = 16) -> Speed:
     """Tokens per second of one model on its device: a prompt of `prompt` tokens, then decoding with a cache."""
-    runs = _timed([model], prompt, batch, generate, repeats)
+    runs = _timed([model], prompt, batch, generate)
     return _speed([run[0] for run in runs], prompt, batch, generate)
 
 
 def compare_speed(
-    dense: nn.Module, small: nn.Module, *, prompt: int = 256, batch: int = 1, generate: int = 16, repeats: int = 5
+    dense: nn.Module, small: nn.Module, *, prompt: int = 256, batch: int = 1, generate: int = 16
 ) -> SpeedRatio:
     """How many times faster `small` is than `dense`, run in turns so that other load on the device falls on both."""
-    runs = _timed([dense, small], prompt, batch, generate, repeats)
+    runs = _timed([dense, small], prompt, batch, generate)
     ratios = [[a / b for a, b in zip(run[0], run[1], strict=True)] for run in runs]
     return SpeedRatio(
         prefill=statistics.median(r[0] for r in ratios),
@@ -282,12 +281,10 @@ def _speed(seconds: Sequence[tuple[float, float]], prompt: int, batch: int, gene
     return Speed(prefill=batch * prompt / prefill, decode=batch * generate / decode)
 
 
-def _timed(
-    models: Sequence[nn.Module], prompt: int, batch: int, generate: int, repeats: int
-) -> list[list[tuple[float, float]]]:
+def _timed(models: Sequence[nn.Module], prompt: int, batch: int, generate: int) -> list[list[tuple[float, float]]]:
     """Seconds (prefill, decoding) of every model in every turn; a prompt and one step before them warm up.
 
-    `repeats` turns, and while that took less than `PATIENCE` seconds more of them, at most `MOST_TURNS`: the shorter a
+    `TURNS` turns, and while that took less than `PATIENCE` seconds more of them, at most `MOST_TURNS`: the shorter a
     turn, the more another process on the device disturbs it.
     """
     for model in models:
@@ -298,7 +295,7 @@ def _timed(
         _once(model, ids, 1)
     runs: list[list[tuple[float, float]]] = []
     start = time.perf_counter()
-    while len(runs) < repeats or (len(runs) < MOST_TURNS and time.perf_counter() - start < PATIENCE):
+    while len(runs) < TURNS or (len(runs) < MOST_TURNS and time.perf_counter() - start < PATIENCE):
         runs.append([_once(m, ids, generate) for m in models])
     return runs
 

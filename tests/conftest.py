@@ -1,10 +1,9 @@
-"""What every test run needs: `from tiny import ...`, no network, and one thread (tiny models lose time with two)."""
+"""What every test run needs: `from tiny import ...`, no network, and haste (`hurry.py`)."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,24 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
-
-from prunus import evaluation
-
-ALL_THREADS = torch.get_num_threads()
+from hurry import ALL_THREADS, hurry
 
 
-@pytest.fixture(autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for tiny models, all of them for the real one."""
-    torch.set_num_threads(ALL_THREADS if request.node.get_closest_marker("real") else 1)
-    yield
-    torch.set_num_threads(ALL_THREADS)
-
-
-@pytest.fixture(autouse=True)
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As few turns as may be where speed is measured: nothing here depends on how exact it is."""
-    monkeypatch.setattr(evaluation, "PATIENCE", 0.0)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures of a test, those of its whole module too."""
+    hurry(ALL_THREADS if item.get_closest_marker("real") else 1)
 
 
 @pytest.fixture

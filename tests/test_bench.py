@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from hurry import painted
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -128,7 +129,8 @@ def test_a_calibration_text_that_is_refused_leaves_no_bench(texts: tuple[str, st
 @needs_model
 def test_rows_say_what_they_cost_and_how_to_make_them(texts: tuple[str, str], tmp_path: Path) -> None:
     asked = plan(texts, "flap", "mask-magnitude", "mask-wanda-2:4", speed=True, keeps=(0.8,))
-    found = run(config(texts[0]), asked, tmp_path / "out")
+    with painted():
+        found = run(config(texts[0]), asked, tmp_path / "out")
     dense, flap, mask, refused = found["rows"]
     assert mask["ppl64"] > dense["ppl64"] and "speed" not in mask  # its shapes are the dense model's
     assert dense["ppl64"] == dense["perplexity"]["stories.txt"]["64"]["ppl"]

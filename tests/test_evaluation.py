@@ -142,14 +142,15 @@ def test_progress_ends_at_the_number_of_chunks(monkeypatch: pytest.MonkeyPatch) 
     assert calls == [(2, 5), (4, 5), (5, 5)]
 
 
-def test_speed_is_positive_and_a_smaller_model_is_faster() -> None:
+def test_speed_is_positive_and_a_smaller_model_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "TURNS", 5)
     config: Any = CONFIGS["llama"]()
     config.num_hidden_layers = 24
     small, big = tiny("llama"), AutoModelForCausalLM.from_config(config).eval()
-    one = measure_speed(small, prompt=24, generate=4, repeats=3)
+    one = measure_speed(small, prompt=24, generate=4)
     assert one.prefill > 0
     assert one.decode > 0
-    ratio = compare_speed(big, small, prompt=24, generate=4, repeats=5)
+    ratio = compare_speed(big, small, prompt=24, generate=4)
     assert ratio.prefill > 1.3
     assert ratio.decode > 1.3
     with pytest.raises(UserError, match="positions"):
@@ -158,13 +159,14 @@ def test_speed_is_positive_and_a_smaller_model_is_faster() -> None:
 
 def test_short_turns_are_repeated_while_there_is_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
+    monkeypatch.setattr(evaluate, "TURNS", 3)
     monkeypatch.setattr(evaluate, "_once", lambda *given: (ran.append(1), (0.5, 0.25))[1])
-    speed = measure_speed(tiny("llama"), prompt=8, generate=4, repeats=3)
+    speed = measure_speed(tiny("llama"), prompt=8, generate=4)
     assert len(ran) == 1 + 3  # one warms up; the tests have no patience
     assert (speed.prefill, speed.decode) == (16, 16)
     ran.clear()
     monkeypatch.setattr(evaluate, "PATIENCE", 60.0)
-    measure_speed(tiny("llama"), prompt=8, generate=4, repeats=3)
+    measure_speed(tiny("llama"), prompt=8, generate=4)
     assert len(ran) == 1 + evaluate.MOST_TURNS
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from hurry import painted
 
 from prunus import fronts, steps
 from prunus.cli import app
@@ -49,7 +50,8 @@ def config(**changes: Any) -> CompressConfig:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("run") / "front"
-    return out, compress(config(front__objectives="kl,bytes", front__population=12), out)
+    with painted():
+        return out, compress(config(front__objectives="kl,bytes", front__population=12), out)
 
 
 def searched(out: Path, side: str = "searched") -> list[dict[str, Any]]:

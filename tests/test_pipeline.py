@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hurry import painted
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,7 +58,8 @@ def config(**changes: Any) -> CompressConfig:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("run") / "levels"
-    return out, compress(config(), out)
+    with painted():
+        return out, compress(config(), out)
 
 
 def logits(path: Path, ids: torch.Tensor, **options: Any) -> torch.Tensor:

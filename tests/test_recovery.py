@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from hurry import painted
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -107,7 +108,8 @@ def run_config(**changes: Any) -> CompressConfig:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("run") / "trained"
-    return out, compress(run_config(), out)
+    with painted():
+        return out, compress(run_config(), out)
 
 
 def test_a_run_trains_before_it_searches(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -142,7 +144,8 @@ def test_sub_networks_of_the_trained_super_network_are_better(trained: tuple[Pat
     assert len(pool["histogram"]["random"]) == 21
     assert "![sizes of uniform draws and of the pool](report/sizes.png)" in (out / "report.md").read_text()
     (out / "report" / "sizes.png").unlink()
-    assert step(out, "train", {})["sizes"] == str(out / "report" / "sizes.png")
+    with painted():
+        assert step(out, "train", {})["sizes"] == str(out / "report" / "sizes.png")
     assert (out / "report" / "sizes.png").stat().st_size > 10_000
 
 

@@ -6,9 +6,11 @@ import json
 import math
 import struct
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hurry import painted
 from matplotlib.patches import Rectangle
 
 from prunus.errors import UserError
@@ -17,8 +19,15 @@ from prunus.recording.pictures import Network, Tried
 from prunus.recording.report import ReportData, markdown, table, write_report
 from prunus.timing.timetable import Grid, Request, Times, Timetable
 
+pytestmark = pytest.mark.usefixtures("paint")
 N_LAYERS = 6
 TEXT = "WikiText-2 test, 5 × 2048 tokens"
+
+
+@pytest.fixture
+def paint() -> Iterator[None]:
+    with painted():
+        yield
 
 
 def network(name: str, share: float, **measured: object) -> Network:
