@@ -4,7 +4,7 @@ SUITS  := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[
 PYTHON ?= $(shell for p in $(CANDIDATES); do $$p -c '$(SUITS)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install -qq -c constraints.txt
+PIP    := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
 WHEEL  := $(BIN)/python -m pip wheel -qq -c constraints.txt --no-cache-dir --no-deps -w $(VENV)/wheels
 
 # Two recipes at a time: llama.cpp compiles while pip copies and types are checked. The tests run alone.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from prunus.config import overrides, resolve, settings
 from prunus.errors import UserError
 from prunus.flags import UNSEEDED, Verb, flags, given
 from prunus.machine import VERSION, environment
+from prunus.progress import Advance, Tally
 from prunus.recording.artefact import trouble
 from prunus.recording.changes import FIRST, VERBS
 from prunus.setting import ANYWHERE
@@ -183,8 +183,8 @@ def evaluate(checkpoint: str, against: str | None, join: Join, speed: bool, **pa
     terminal.result(found, parameters["json"])
 
 
-def _steps(advance: Callable[[int], None]) -> Callable[[int, int], None]:
-    """Progress that is told how many are done in all, as progress that is told how many more."""
+def _steps(advance: Advance) -> Tally:
+    """A tally that tells a bar how many more are done."""
     seen = 0
 
     def scanned(done: int, total: int) -> None:

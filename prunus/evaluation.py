@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prunus.errors import UserError
+from prunus.progress import Tally
 from prunus.texts.calibration import Join, encode, file_text, needs_bos
 from prunus.texts.sampling import check_length
 
-Progress = Callable[[int, int], None]  # (chunks done, chunks in all)
 Logits = Callable[[int, int], Tensor]  # (first position, end) -> logits (batch, end - first, vocab)
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in one forward
@@ -94,7 +94,7 @@ def perplexity(
     length: int = 2048,
     chunks: int | None = None,
     bos: bool | None = None,
-    progress: Progress | None = None,
+    progress: Tally | None = None,
 ) -> Perplexity:
     """Perplexity on the first `chunks` chunks (None: all) of `length` tokens of a stream (n,); chunks do not overlap.
 
@@ -116,7 +116,7 @@ def kl_divergence(
     length: int = 2048,
     chunks: int | None = None,
     bos: bool | None = None,
-    progress: Progress | None = None,
+    progress: Tally | None = None,
 ) -> KL:
     """KL(reference || model) per predicted token on the chunks that `perplexity` scores, in fp32 piece by piece.
 
@@ -164,7 +164,7 @@ def chunked(model: nn.Module, ids: Tensor, length: int, chunks: int | None, bos:
     return torch.cat([torch.full((n, 1), int(config.bos_token_id)), text], 1) if bos else text
 
 
-def _scan(models: Sequence[nn.Module], text: Tensor, progress: Progress | None) -> Iterator[list[float]]:
+def _scan(models: Sequence[nn.Module], text: Tensor, progress: Tally | None) -> Iterator[list[float]]:
     """Per chunk: nats of every model and, for two models, KL(second || first) and the share of equal top tokens."""
     device = next(models[0].parameters()).device
     batch = max(1, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"]) // text.shape[1])
@@ -339,7 +339,7 @@ def evaluate(
     column: str | None = None,
     directory: Path | str | None = None,
     speed: bool = False,
-    progress: Progress | None = None,
+    progress: Tally | None = None,
 ) -> dict[str, Any]:
     """All figures of a checkpoint as plain data for JSON: perplexity, divergence from `against`, sizes, seconds, speed.
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TextIO
 
 Advance = Callable[[int], None]  # called with the number of items done since the last call
+Tally = Callable[[int, int], None]  # called with the numbers of items done and in all
 
 
 class Progress(Protocol):

@@ -8,7 +8,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prunus.errors import UserError
+from prunus.progress import Tally
 from prunus.texts.sampling import generated_windows
 
 Join = Literal["auto", "rows", "raw"]
-Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+
 
 DATASETS: Mapping[str, tuple[str, str]] = {  # name -> (hub id, configuration); always the training split
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
@@ -44,7 +45,7 @@ def calibration_tokens(
     allow_test: bool = False,
     join: Join = "auto",
     bos: bool | None = None,
-    progress: Progress | None = None,
+    progress: Tally | None = None,
 ) -> Tensor:
     """Token windows to calibrate on, the same for the same arguments.
 
