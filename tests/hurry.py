@@ -1,4 +1,7 @@
-"""What makes tests quick: nothing here depends on how exact a speed is, and most tests look at no picture."""
+"""What makes tests quick: nothing here depends on how exact a speed is, and most tests look at no picture.
+
+`python hurry.py compress ...` is the command line in the same haste, for tests that need processes of their own.
+"""
 
 from __future__ import annotations
 
@@ -40,3 +43,10 @@ def painted() -> Iterator[None]:
         yield
     finally:
         pictures.save = _sketch
+
+
+if __name__ == "__main__":
+    hurry()
+    from prunus.cli import app
+
+    app(prog_name="prunus")

@@ -418,7 +418,7 @@ def test_one_step_again_with_another_setting(run: tuple[Path, dict[str, Any]]) -
 def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     """kill -9 in the middle of the search: the same call finishes, and gives what an undisturbed run gives."""
     out, quiet = tmp_path / "killed", tmp_path / "quiet"
-    changed = {"search__generations": 6, "search__offspring": 6}
+    changed = {"search__generations": 6, "search__offspring": 6, "keep": (0.6,)}
     code = (
         "import sys, json; from prunus.config import CompressConfig; from prunus.pipeline import compress; "
         "compress(CompressConfig.from_dict(json.loads(sys.argv[1])), sys.argv[2])"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace as Some
 from typing import Any
 
+import hurry
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def test_two_processes_make_the_run_that_one_makes_with_twice_the_accumulation(t
     """Real processes, each of which imports torch: half a minute."""
     pipeline.compress(resolve(None, {"model": str(MODEL), **changes(2)}), tmp_path / "1")
     (tmp_path / "settings.yaml").write_text(yaml.safe_dump(nest({**changes(1), "keep": [0.6]})))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "prunus"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", hurry.__file__]
     command += ["compress", str(MODEL), "--config", str(tmp_path / "settings.yaml"), "--out", str(tmp_path / "2")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)

@@ -312,17 +312,19 @@ def test_a_sandwich_step_costs_what_its_networks_cost(tmp_path: Path) -> None:
     assert alone <= cost(subs, "all") <= 1.1 * alone
 
 
+def together(out: Path, accumulation: int, rank: int) -> Job:
+    return job(out, config=replace(CONFIG, accumulation=accumulation, steps=3, rank=rank, kd=0.5, ce=0.5))
+
+
 SCRIPT = """
-import sys, json
+import sys
 sys.path.insert(0, {tests!r})
-from dataclasses import replace
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from test_training import CONFIG, job, losses, weights
-from prunus.training.loop import fit
+from test_training import fit, losses, together, weights
 out = Path(sys.argv[1])
-one = job(out, config=replace(CONFIG, accumulation=int(sys.argv[2]), steps=3, rank=int(sys.argv[3]), kd=0.5, ce=0.5))
+one = together(out, 1, int(sys.argv[2]))
 history = fit(one).history
 import os
 if os.environ.get("RANK", "0") == "0":
@@ -337,19 +339,13 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path: Path) -> No
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    for command, out, accumulation in (
-        (launch, "two", 1),
-        ([sys.executable, str(script)], "one", 2),
-    ):
-        done = subprocess.run(
-            [*command, str(tmp_path / out), str(accumulation), str(rank)],
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    (two, w2), (one, w1) = (torch.load(tmp_path / name / "found.pt") for name in ("two", "one"))
+    done = subprocess.run(
+        [*launch, str(tmp_path / "two"), str(rank)], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, w2 = torch.load(tmp_path / "two" / "found.pt")
+    alone = together(tmp_path / "one", 2, rank)
+    one, w1 = losses(fit(alone).history), weights(alone.model)
     assert two == pytest.approx(one, rel=1e-5)
     for name, p in w1.items():
         assert torch.allclose(p, w2[name], atol=1e-5), name
