@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from prunus import evaluation
+from prunus import describe, evaluation
 from prunus.recording import pictures
 
 ALL_THREADS = torch.get_num_threads()
@@ -20,8 +20,10 @@ _paint = pictures.save
 
 
 def hurry(threads: int = 1) -> None:
-    """As few turns as may be where speed is measured, no ink, and one thread: tiny models lose time with two."""
+    """As few turns as may be where speed is measured, short samples, no ink, and one thread: tiny models lose time with
+    two."""
     evaluation.TURNS, evaluation.PATIENCE = 1, 0.0
+    describe.SAMPLE_TOKENS = 8
     pictures.save = _sketch
     torch.set_num_threads(threads)
 

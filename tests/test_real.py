@@ -29,15 +29,10 @@ print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "tex
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs WikiText-2 beside the project")
 def test_compress_the_demo_model(tmp_path: Path) -> None:
     out, result = tmp_path / "run", tmp_path / "result.json"
-    options = ["--keep", "0.8", "--dtype", "bfloat16", "--samples", "16", "--length", "256", "--generations", "0"]
+    options = ["--keep", "0.8", "--dtype", "bfloat16", "--samples", "32", "--length", "128", "--generations", "0"]
     texts = ["--calibration", str(SHARED / "wiki.train.part.txt"), "--test-text", str(SHARED / "wiki.test.raw")]
-    texts += ["--test-length", "512", "--test-chunks", "8"]
-    short = [
-        "--set",
-        "reform.sensitivity=1",
-        "--set",
-        "reform.sequential_samples=8",
-    ]
+    texts += ["--test-length", "512", "--test-chunks", "4"]
+    short = ["--set", "reform.sensitivity=1", "--set", "reform.sequential_samples=16"]
     more = [*short, "--set", "calibration.holdout=4", "--json", str(result), "--quiet"]
     command = [sys.executable, "-m", "prunus", "compress", "demo", "--out", str(out), *options, *texts, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
