@@ -35,7 +35,7 @@ types: $(VENV)/python.stamp
 
 tests: $(VENV)/dev.stamp types lint
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not real" $(PYTEST_FLAGS)
-	$(BIN)/python -m pytest -m real $$(grep -l pytest.mark.real tests/*.py) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) -m real $$(grep -l pytest.mark.real tests/*.py) $(PYTEST_FLAGS)
 
 format: $(VENV)/python.stamp
 	$(BIN)/ruff format .
