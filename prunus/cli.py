@@ -11,7 +11,7 @@ import click
 from prunus.config import overrides, resolve, settings
 from prunus.errors import UserError
 from prunus.flags import UNSEEDED, Verb, flags, given
-from prunus.machine import VERSION, environment
+from prunus.machine import VERSION, environment, keep_freed_memory
 from prunus.progress import Advance, Tally
 from prunus.recording.artefact import trouble
 from prunus.recording.changes import FIRST, VERBS
@@ -76,6 +76,7 @@ def app() -> None:
 
     Start with `prunus compress demo --out runs/demo`.
     """
+    keep_freed_memory()
 
 
 def main() -> None:

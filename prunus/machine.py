@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 VERSION = "0.1.0"  # of Prunus, installed or not: pyproject.toml reads it here
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the first two multiply bfloat16
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "optuna")
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's names for the parameters of mallopt
+KEPT_BYTES = 2**30  # what is kept at the end of the heap, and the largest block that comes from it
 
 
 @dataclass
@@ -60,8 +63,27 @@ def environment() -> dict[str, str]:
     return found
 
 
+def keep_freed_memory() -> bool:
+    """Keep what is freed for the next allocation instead of giving it back to the system (glibc); whether that worked.
+
+    Otherwise every large intermediate result is new to the process, and the system clears its pages one by one: a
+    quarter of the time of an evaluation on two cores (docs/lab.md). For a whole process, before torch is imported;
+    settings of the user's own (MALLOC_..., GLIBC_TUNABLES) stay. `reset_peak` gives back what is free.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for huge pages
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return False
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(libc.mallopt(TRIM_THRESHOLD, KEPT_BYTES) and libc.mallopt(MMAP_THRESHOLD, KEPT_BYTES))
+    except (OSError, AttributeError):  # another C library
+        return False
+
+
 def reset_peak() -> None:
     """Start a new measurement of peak memory, where the system can (Linux, CUDA)."""
+    with contextlib.suppress(OSError, AttributeError):  # what is free is not the next computation's
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):  # elsewhere the peak is that of the process so far
         Path("/proc/self/clear_refs").write_text("5")
     if cuda := _cuda():
