@@ -24,7 +24,7 @@ from prunus.baselines.subject import Outcome, Spent, Subject
 from prunus.baselines.table import OURS, TABLE, find, names
 from prunus.config import CompressConfig
 from prunus.errors import UserError
-from prunus.evaluation import compare_speed, parameters, perplexity, text_ids
+from prunus.evaluation import compare_speed, parameters, perplexity, shapes, text_ids
 from prunus.machine import environment, words
 from prunus.models import loading
 from prunus.models.checkpoint import verify
@@ -286,7 +286,8 @@ class _Bench:
     def measured(self, model: nn.Module, structured: bool = True) -> dict[str, Any]:
         """Perplexities, task scores and speed of one network. ppl2048 and the like are of the first text.
 
-        A mask leaves the dense model's shapes and so its speed, which is not timed again.
+        A mask leaves the dense model's shapes and so its speed, which is not timed again; of several networks with the
+        same shapes the first is timed.
         """
         found: dict[str, Any] = {"perplexity": {}}
         for number, (text, ids) in enumerate(self.texts.items()):
@@ -305,9 +306,20 @@ class _Bench:
             errors = [one["se"] for one in scores.values()]
             found["task_mean_se"] = None if None in errors else math.hypot(*errors) / len(errors)
         if self.plan.speed and structured and model is not self.model:
-            speed = compare_speed(self.model, model)
-            found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode, "speed": asdict(speed)}
+            found |= self.timed(model)
         return found
+
+    def timed(self, model: nn.Module) -> dict[str, Any]:
+        """The speed of a network: of one of its shapes in an earlier row of the same machine, else measured."""
+        own: dict[str, Any] = {"shapes": shapes(model)}
+        for file in self.record.manifest["artefacts"]:
+            row = load_json(self.record.path(file)) if self.record.done(file) else {}
+            if own.items() <= row.items() and self.where().items() <= row.items():
+                known = {key: row[key] for key in ("prefill_speedup", "decode_speedup", "speed")}
+                return {**own, **known, "timed_with": row.get("timed_with", f"{row['method']}, {row['kept']:.0%}")}
+        speed = compare_speed(self.model, model)
+        own |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode, "speed": asdict(speed)}
+        return own
 
 
 class _Source:

@@ -50,6 +50,8 @@ def views(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if took := [row["row_seconds"] for row in rows if "row_seconds" in row]:
         minutes = f"{sum(took) / 60:.1f} minutes"
         found["cost"]["note"] = f"{len(took)} rows in {minutes}, with what their networks were scored and timed for."
+        if shared := sum("timed_with" in row for row in rows):
+            found["cost"]["note"] += f" Speeds of {shared} rows are those of an earlier network with the same shapes."
     if any("refused" in row for row in rows):
         columns = [["method", "method", ""], ["kept", "kept", ".0%"], ["refused", "refused, because", ""]]
         found["refused"] = {"where": {"done": False}, "columns": columns}
