@@ -399,7 +399,8 @@ class Judge:
         self.subs = [sub for sub, _ in candidates]
         self.taken: list[Counter[int]] = [Counter() for _ in candidates]
         with torch.no_grad():
-            self.dense = stream.run_from(0, stream.embed(windows))[:, stride - 1 :: stride].clone()
+            dense = stream.run_from(0, stream.embed(windows))[:, stride - 1 :: stride]
+            self.dense = [stream.logits(h) for h in dense]  # asked for again and again
             self.states, self.nats = [], []
             for sub, override in candidates:
                 with activate(stream.model, stream.family, sub, override):
@@ -422,7 +423,7 @@ class Judge:
     def _nats(self, hidden: Tensor) -> float:
         ours = hidden[:, self.stride - 1 :: self.stride]
         pairs = zip(self.dense, ours, strict=True)  # window by window: logits are large
-        nats = [kl_from_logits(self.stream.logits(p), self.stream.logits(q)).mean() for p, q in pairs]
+        nats = [kl_from_logits(p, self.stream.logits(q)).mean() for p, q in pairs]
         return float(torch.stack(nats).mean())
 
 
