@@ -2,7 +2,8 @@
 
 A block between `<!-- results:NAME -->` and `<!-- /results:NAME -->` is replaced by the view NAME: `FILE` or `FILE.VIEW`
 of benchmarks/results/FILE.json. `--check` changes nothing and exits with 1 if a block is not what the files say.
-The format of a results file is described in benchmarks/README.md.
+The format of a results file is described in benchmarks/README.md. The pictures of `prunus bench` are drawn too, from
+the same files (`PICTURES`), into docs/pictures.
 """
 
 from __future__ import annotations
@@ -14,10 +15,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunus.recording import tables
+from matplotlib.figure import Figure
+
+from prunus.baselines import benchpages
+from prunus.recording import pictures, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "benchmarks/README.md")
+# a picture's name -> the results file, and whether it shows measured speed
+PICTURES = {
+    "bench": ("bench", False),
+    "bench-tasks": ("bench_tasks", True),
+    "corpora": ("corpora", False),
+    "corpora-speed": ("corpora", True),
+}
 BLOCK = re.compile(r"^<!-- results:(?P<name>[\w.-]+) -->\n.*?^<!-- /results:(?P=name) -->$", re.DOTALL | re.MULTILINE)
 MARK = re.compile(r"^<!-- /?results:[\w.-]+ -->$", re.MULTILINE)
 
@@ -45,6 +56,15 @@ def view(name: str, results: Path) -> str:
     return tables.view(data, wanted, f"benchmarks/results/{file}.json")
 
 
+def picture(name: str, results: Path) -> Figure:
+    """A picture of a bench as `prunus bench` draws it."""
+    file, fast = PICTURES[name]
+    rows = json.loads((results / f"{file}.json").read_text(encoding="utf-8"))["rows"]
+    if not fast:
+        return benchpages.picture(rows)
+    return benchpages.speeds(rows[0], [row for row in rows if row.get("structured") and "prefill_speedup" in row])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Redraw or check every page; returns the exit status."""
     parser = argparse.ArgumentParser(description="Redraw the tables of the README files from benchmarks/results.")
@@ -60,6 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stale.append(name)
             if not options.check:
                 path.write_text(new, encoding="utf-8")
+    if not options.check and options.root == ROOT:
+        for name in PICTURES:
+            drawn = picture(name, ROOT / "benchmarks" / "results")
+            _, svg = pictures.save(drawn, ROOT / "docs" / "pictures" / name)
+            svg.unlink()  # pages show the PNG
     for name in stale:
         print(f"{name}: {'out of date, run `make results`' if options.check else 'redrawn'}")
     return 1 if options.check and stale else 0
