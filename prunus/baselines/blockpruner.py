@@ -26,7 +26,7 @@ def compress(subject: Subject, keep: float) -> Outcome:
         if not candidates:
             raise UserError(f"cannot keep {keep:g}: nothing but the attention of layer 0 is left; keep more")
         subs = [less(sub, block) for block in candidates]
-        at = subject.once(("blockpruner", tuple(order)), lambda s=subs: least(subject, s))  # type: ignore[misc]
+        at = subject.once(("blockpruner", tuple(order)), lambda a=sub, s=subs: least(subject, a, s))  # type: ignore[misc]
         order.append(candidates[at])
         sub = subs[at]
     note = "left in this order: " + (", ".join(f"{part} {i}" for i, part in order) or "none")

@@ -52,26 +52,24 @@ def factor(gram: Tensor) -> Tensor:
 
 def sparse(weight: Tensor, upper: Tensor, share: float, n_of_m: NofM | None = None, block: int = BLOCK) -> Tensor:
     """The pruned and updated weights, (out, in) float32; weight and upper (in, in) are not changed."""
-    w, n = weight.clone(), weight.shape[1]
-    diagonal = upper.diagonal()
+    w, n = weight.T.contiguous(), weight.shape[1]  # (in, out): a column's update touches whole lines of memory
+    diagonal = upper.diagonal()[:, None]
     for start in range(0, n, block):
         end = min(start + block, n)
-        kept = None if n_of_m else _lowest(w[:, start:end] ** 2 / diagonal[start:end] ** 2, share)
-        errors = torch.zeros_like(w[:, start:end])
+        kept = None if n_of_m else _lowest(w[start:end] ** 2 / diagonal[start:end] ** 2, share)
+        errors = torch.zeros_like(w[start:end])
         for j in range(start, end):
             if n_of_m and (j - start) % n_of_m[1] == 0:
                 part = slice(j, j + n_of_m[1])
-                piece = n_m_mask(w[:, part] ** 2 / diagonal[part] ** 2, n_of_m)
-                kept = piece if kept is None or j == start else torch.cat([kept, piece], 1)
+                piece = n_m_mask((w[part] ** 2 / diagonal[part] ** 2).T, n_of_m).T
+                kept = piece if kept is None or j == start else torch.cat([kept, piece])
             assert kept is not None
-            lost = torch.where(kept[:, j - start], torch.zeros_like(w[:, j]), w[:, j])
-            errors[:, j - start] = error = lost / diagonal[j]
-            w[:, j] -= lost
-            if j + 1 < end:
-                w[:, j + 1 : end] -= torch.outer(error, upper[j, j + 1 : end])
-        if end < n:
-            w[:, end:] -= errors @ upper[start:end, end:]
-    return w
+            lost = torch.where(kept[j - start], 0.0, w[j])
+            errors[j - start] = error = lost / diagonal[j]
+            w[j] -= lost
+            w[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
+        w[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    return w.T.contiguous()
 
 
 def _lowest(scores: Tensor, share: float) -> Tensor:
