@@ -284,6 +284,15 @@ def shapes(model: nn.Module) -> str:
     return hashlib.sha256(repr((type(model).__name__, str(model.dtype), found)).encode()).hexdigest()[:16]
 
 
+def fingerprint(model: nn.Module) -> str:
+    """A name (16 hexadecimal digits) of a network's class and weights, the same where both are equal to the bit."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, p in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
 def _speed(seconds: Sequence[tuple[float, float]], prompt: int, batch: int, generate: int) -> Speed:
     prefill, decode = (statistics.median(column) for column in zip(*seconds, strict=True))
     return Speed(prefill=batch * prompt / prefill, decode=batch * generate / decode)

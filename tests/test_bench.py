@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ import torch
 from click.testing import CliRunner
 from hurry import painted
 from rich.console import Console
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from prunus import cli, tasks
@@ -24,7 +24,6 @@ from prunus.baselines.bench import Plan, chosen, read_lengths, run, slug
 from prunus.baselines.table import OURS, TABLE
 from prunus.config import CompressConfig, resolve
 from prunus.errors import UserError
-from prunus.evaluation import Speed, SpeedRatio, parameters
 from prunus.pipeline import compress
 from prunus.recording import tables
 from prunus.terminal import rendered
@@ -143,6 +142,13 @@ def test_rows_say_what_they_cost_and_how_to_make_them(texts: tuple[str, str], tm
     assert flap["prefill_speedup"] > 0 and flap["speed"]["small"]["decode"] > 0
     assert "--methods flap --keep 0.8 --calibration calibration.txt --text stories.txt" in flap["command"]
     assert "--samples 8 --length 64 --seed 0" in flap["command"]
+    changed = {
+        f"{key}={value}" for key, value in QUICK.items() if key not in ("calibration.samples", "calibration.length")
+    }
+    words = shlex.split(flap["command"])
+    assert {words[k + 1] for k, word in enumerate(words) if word == "--set"} == changed
+    read = dict(pair.split("=") for pair in changed)
+    assert resolve(None, {"model": str(MODEL), **read}).rival.search_tokens == QUICK["rival.search_tokens"]
     assert str(tmp_path) not in json.dumps(found["rows"])
     assert "keeps 0.5 of every matrix" in refused["refused"]
     for key in ("machine", "versions", "threads", "device"):
@@ -155,28 +161,6 @@ def test_rows_say_what_they_cost_and_how_to_make_them(texts: tuple[str, str], tm
     assert (tmp_path / "out" / "bench.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "bench-speed.svg").is_file()
     assert json.loads((tmp_path / "out" / "bench.json").read_text())["rows"] == found["rows"]
-
-
-@needs_model
-def test_networks_of_the_same_shapes_are_timed_once(
-    texts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timed: list[int] = []
-
-    def compare_speed(dense: nn.Module, small: nn.Module) -> SpeedRatio:
-        timed.append(parameters(small)["all"])
-        ratio = float(len(timed))
-        return SpeedRatio(ratio, ratio, Speed(1.0, 1.0), Speed(ratio, ratio))
-
-    monkeypatch.setattr(bench, "compare_speed", compare_speed)
-    asked = plan(texts, "shortgpt", "flap", speed=True, keeps=(0.8,))
-    run(config(texts[0]), asked, tmp_path / "out")
-    assert len(timed) == 2  # other shapes
-    asked = plan(texts, "shortgpt", "flap", "sleb", speed=True, keeps=(0.8,))
-    found = run(config(texts[0]), asked, tmp_path / "out")["rows"]  # an earlier command's measurements serve too
-    speeds = {row["method"]: (row["prefill_speedup"], row.get("timed_with")) for row in found[1:]}
-    assert speeds == {"shortgpt": (1.0, None), "flap": (2.0, None), "sleb": (1.0, "shortgpt, 80%")}
-    assert "Speeds of 1 rows are those of an earlier network" in (tmp_path / "out" / "bench.md").read_text()
 
 
 @needs_model

@@ -22,9 +22,9 @@ from prunus import pipeline
 from prunus.baselines import benchpages, rivals
 from prunus.baselines.subject import Outcome, Spent, Subject
 from prunus.baselines.table import OURS, TABLE, find, names
-from prunus.config import CompressConfig
+from prunus.config import CompressConfig, flatten, settings
 from prunus.errors import UserError
-from prunus.evaluation import compare_speed, parameters, perplexity, shapes, text_ids
+from prunus.evaluation import compare_speed, fingerprint, parameters, perplexity, shapes, text_ids
 from prunus.machine import environment, words
 from prunus.models import loading
 from prunus.models.checkpoint import verify
@@ -32,12 +32,16 @@ from prunus.models.loading import Loaded
 from prunus.progress import Progress, silent
 from prunus.recording.artefact import load_json
 from prunus.recording.run import Run, read_manifest
+from prunus.setting import ANYWHERE
 from prunus.subnetwork import SubNetwork
 from prunus.tasks import difference, task_scores
 from prunus.texts import calibration
 
 STEPS = ("rows",)
 DENSE = "dense"
+UNREAD = ("keep", "method", "test_text", "test_length", "test_chunks", "front")  # settings that nothing here reads
+TYPED = (*UNREAD, "model", "seed", "dtype", *(f"calibration.{key}" for key in ("source", "samples", "length")))
+MEASURED = ("perplexity", "ppl", "finite", "task", "shapes", "prefill", "decode", "speed", "timed")  # keys of a row
 METHOD_STEPS = ("calibrate", "score", "reform", "search", "extract")  # of a run of ours: what its network took
 
 
@@ -192,7 +196,7 @@ def _calibrations(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def recorded(config: CompressConfig, plan: Plan) -> dict[str, Any]:
     """What must be the same in all rows of a bench; methods, shares and calibrations may be added at any time."""
     raw = config.to_dict()
-    for key in ("keep", "method", "test_text", "test_length", "test_chunks", "front"):  # nothing here reads them
+    for key in UNREAD:
         raw.pop(key)
     raw["calibration"] = {k: v for k, v in raw["calibration"].items() if k != "source"}
     asked = {"texts": list(plan.texts), "lengths": [list(pair) for pair in plan.lengths], "tasks": list(plan.tasks)}
@@ -231,6 +235,13 @@ def command(config: CompressConfig, plan: Plan, out: Path, **only: Any) -> str:
     typed += ["--tasks-path", _short(plan.task_path)] if plan.task_path else []
     typed += ["--limit", str(plan.task_limit)] if plan.task_limit is not None else []
     typed += [] if plan.speed else ["--no-speed"]
+    values = flatten(config.to_dict())
+    for key, one in settings().items():
+        section = key.partition(".")[0]
+        if key in TYPED or section in ("front", "train") or one.step == ANYWHERE:
+            continue
+        if values[key] != one.default:
+            typed += ["--set", f"{key}={replace(one, default=values[key]).shown}"]
     return shlex.join([*typed, "--out", _short(str(out))])
 
 
@@ -287,9 +298,13 @@ class _Bench:
         """Perplexities, task scores and speed of one network. ppl2048 and the like are of the first text.
 
         A mask leaves the dense model's shapes and so its speed, which is not timed again; of several networks with the
-        same shapes the first is timed.
+        same shapes the first is timed. Two methods may end at the same network, which is measured once.
         """
-        found: dict[str, Any] = {"perplexity": {}}
+        same = {"fingerprint": fingerprint(model)}
+        if row := self.earlier(same):
+            known = {key: value for key, value in row.items() if key.startswith(MEASURED)}
+            return {**known, **same, "measured_with": row.get("measured_with", f"{row['method']}, {row['kept']:.0%}")}
+        found: dict[str, Any] = {**same, "perplexity": {}}
         for number, (text, ids) in enumerate(self.texts.items()):
             for length, windows in self.plan.lengths:
                 score = perplexity(model, ids, length=length, chunks=windows)
@@ -312,14 +327,20 @@ class _Bench:
     def timed(self, model: nn.Module) -> dict[str, Any]:
         """The speed of a network: of one of its shapes in an earlier row of the same machine, else measured."""
         own: dict[str, Any] = {"shapes": shapes(model)}
-        for file in self.record.manifest["artefacts"]:
-            row = load_json(self.record.path(file)) if self.record.done(file) else {}
-            if own.items() <= row.items() and self.where().items() <= row.items():
-                known = {key: row[key] for key in ("prefill_speedup", "decode_speedup", "speed")}
-                return {**own, **known, "timed_with": row.get("timed_with", f"{row['method']}, {row['kept']:.0%}")}
+        if (row := self.earlier(own)) and "speed" in row:
+            known = {key: row[key] for key in ("prefill_speedup", "decode_speedup", "speed")}
+            return {**own, **known, "timed_with": row.get("timed_with", f"{row['method']}, {row['kept']:.0%}")}
         speed = compare_speed(self.model, model)
         own |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode, "speed": asdict(speed)}
         return own
+
+    def earlier(self, own: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A row that is there already, of this machine, with what is given."""
+        for file in self.record.manifest["artefacts"]:
+            row: dict[str, Any] = load_json(self.record.path(file)) if self.record.done(file) else {}
+            if row.get("method") != DENSE and own.items() <= row.items() and self.where().items() <= row.items():
+                return row
+        return None
 
 
 class _Source:
