@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from prunus.baselines.subject import Outcome, Subject
@@ -24,13 +26,17 @@ from prunus.searching import shen
 from prunus.searching.objective import Divergence
 from prunus.searching.space import SearchSpace, space_of
 
+Start = Literal["importance", "random"]
 GENERATIONS = 5  # the rest of the budget goes into the population
 SLACK = 0.005  # how far below the budget a network may stay
 
 
-def compress(subject: Subject, keep: float, *, iterations: int = 30) -> Outcome:
-    """The best network that the evolution finds, reformed."""
-    orders = sorted_by(subject)
+def compress(subject: Subject, keep: float, *, iterations: int = 30, start: Start = "importance") -> Outcome:
+    """The best network that the evolution finds, reformed.
+
+    start: the first masks keep the most important units, or random ones (the control of the paper's figure 3).
+    """
+    orders = sorted_by(subject) if start == "importance" else shuffled(subject)
     folder = subject.once("grams", lambda: grams(subject))
     model = subject.copy()
     sort(model, subject.family, orders)
@@ -76,6 +82,15 @@ def sorted_by(subject: Subject) -> Mapping[str, Tensor]:
         return {unit: order for unit, order in found.order().items() if unit != "hidden"}
 
     return subject.once("obs", compute)
+
+
+def shuffled(subject: Subject) -> Mapping[str, Tensor]:
+    """Random orders of all units, as `sorted_by` gives them."""
+    generator = torch.Generator().manual_seed(subject.seed)
+    return {
+        unit: torch.rand(order.shape, generator=generator).argsort(-1)
+        for unit, order in levels.unsorted(subject.model).items()
+    }
 
 
 def grams(subject: Subject) -> Path:
