@@ -236,10 +236,15 @@ def _later(manager: Any, names: list[str], skip: int, limit: int) -> dict[str, l
 def _figure(raw: Mapping[str, Any], one: Asked, each: bool) -> dict[str, Any]:
     """The figure of one task and its standard error, and where asked for, that of every example."""
     row: Mapping[str, Any] = raw["results"][one.task]
-    wanted = [m for m in (one.metric, *PREFERRED) if m]
-    names = [m if "," in m else f"{m},none" for m in wanted]
-    names += [key for key, value in row.items() if isinstance(value, float) and "stderr" not in key]
-    key = next(name for name in names if name in row)
+    there = [key for key, value in row.items() if isinstance(value, float) and "stderr" not in key]
+    names = [m if "," in m else f"{m},none" for m in ((one.metric,) if one.metric else PREFERRED)]
+    key = next((name for name in (*names, *(() if one.metric else there)) if name in row), None)
+    if key is None:
+        given = ", ".join(name.removesuffix(",none") for name in there) or "none"
+        raise UserError(
+            f"{one.task} has no figure {one.metric or 'at all'} (it has: {given}); name the task by itself for the "
+            "figure that it has, or give task files that have this one with --tasks-path"
+        )
     metric, _, how = key.partition(",")
     se = row.get(f"{metric}_stderr,{how}")
     counted = raw.get("n-samples", {}).get(one.task, {})

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hurry import painted
 from tiny import CONFIGS, tiny
 from transformers import LlamaConfig
 
+from prunus.config import resolve
 from prunus.errors import UserError
 from prunus.models import costs
 from prunus.models.families import family_of, full
 from prunus.models.slicing import check_subnetwork, extract
 from prunus.recording import pictures
-from prunus.searching.grids import NAMES, Grid, along, cuts_hidden, grid_of
+from prunus.searching.grids import NAMES, Grid, along, cuts_hidden, grid_of, searchable
 from prunus.subnetwork import SubNetwork
 from prunus.training import draws
+from prunus.training.learning import TrainConfig
 
 
 def big() -> LlamaConfig:
@@ -39,6 +44,79 @@ def test_the_joint_space_of_llama_3_is_the_papers() -> None:
     assert half.hidden == 2048
     assert {(s.kv_heads, s.q_per_kv, s.mlp) for s in half.layers} == {(8, 2, 4096), (0, 0, 0)}
     assert len(half.alive) == 16
+
+
+POWERS = (4096, 2048, 1024, 512, 256, 128, 64, 32)
+EIGHTS = ((8, 4), (8, 3), (8, 2), (8, 1))  # 32, 24, 16, 8 heads: with all KV groups no other number can be
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "heads", "mlp", "ratio"),
+    [
+        ("small", range(4096, 63, -1), EIGHTS, range(14336, 0, -1), False),
+        ("medium", range(4096, 63, -1), EIGHTS, range(14336, 0, -1), False),
+        ("hw_gpt_bench", range(4096, 0, -1), EIGHTS, (4, 3, 2, 1), True),
+        ("llama", range(4096, 0, -1), ((8, 4),), (3, 2, 1), True),
+        ("llama2", range(4096, 63, -1), ((8, 4),), (3.5, 3, 2, 1), True),
+        ("llama_heads", POWERS, ((8, 4), (8, 2), (8, 1)), (3.5, 3, 2, 1), True),
+        ("llama_joint", POWERS, ((8, 4), (8, 2), (8, 1)), (3.5, 3, 2, 1), True),
+    ],
+)
+def test_spaces_of_llama_3_are_the_papers(name: Any, hidden: Any, heads: Any, mlp: Any, ratio: bool) -> None:
+    """Their search_spaces.py, for 32 layers of 4096 channels, 14336 neurons, 32 heads in 8 groups."""
+    space = grid_of(big(), name)
+    assert isinstance(space, Grid)
+    assert (space.hidden, space.heads, space.mlp) == (tuple(hidden), heads, tuple(mlp))
+    assert space.depths == tuple(range(32, 0, -1))
+    assert (space.ratio, space.own, space.log_hidden) == (ratio, name == "medium", hidden is not POWERS)
+    assert space.largest() == full(big())
+    if name == "llama":  # whose ratios stop below the model's own
+        assert searchable(space, big()).largest() == full(big())
+    rng = random.Random(0)
+    for sub in (space.sample(rng) for _ in range(50)):
+        assert sub.hidden in hidden
+        for shape in (sub.layers[i] for i in sub.alive):
+            assert shape.mlp in ([min(14336, int(r * sub.hidden)) for r in mlp] if ratio else mlp)
+    below = sum(space.sample(rng).hidden <= 512 for _ in range(2000)) / 2000  # as probable as its logarithm is long
+    least = space.hidden[-1]
+    wanted = 5 / 8 if hidden is POWERS else math.log(512.5 / least) / math.log(4096 / least)
+    assert below == pytest.approx(wanted, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "neurons", "ratios"),
+    [(4096, 11008, (2.6875, 2.5, 2, 1)), (5120, 13824, (2.7, 2.5, 2, 1)), (3072, 8192, (8192 / 3072, 2.5, 2, 1))],
+)
+def test_ratios_of_other_models_are_the_papers(hidden: int, neurons: int, ratios: tuple[float, ...]) -> None:
+    """Llama-2 7B, 13B, and Phi-3, all with a KV group for each head."""
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=neurons, num_hidden_layers=2, num_attention_heads=32)
+    space = grid_of(config, "llama2")
+    assert isinstance(space, Grid)
+    assert space.mlp == ratios
+    assert space.heads == ((32, 1),)
+    joint = grid_of(config, "llama_joint")
+    assert isinstance(joint, Grid)
+    assert joint.heads == ((32, 1), (16, 1), (8, 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_linear_grid_is_linear_in_the_widths(name: Any) -> None:
+    space = grid_of(big(), name)
+    steps = [along(space, k / 21) for k in range(22)]
+    assert (steps[0], steps[-1]) == (space.smallest(), space.largest())
+    for unit in ("kv_heads", "q_per_kv", "mlp"):
+        of_first = [getattr(sub.layers[0], unit) for sub in steps]
+        assert of_first == sorted(of_first)
+    assert [len(sub.alive) for sub in steps] == sorted(len(sub.alive) for sub in steps)
+    assert [sub.hidden for sub in steps] == sorted(sub.hidden for sub in steps)
+    half = along(space, 0.5)
+    if name in ("groups", "layers", "small", "medium"):
+        assert half.layers[0].mlp == pytest.approx(14336 / 2, abs=32)
+    if name == "groups":
+        assert (half.layers[0].kv_heads, half.layers[0].q_per_kv) in ((5, 3), (4, 2), (5, 2), (4, 3))
+        assert len(half.alive) == 17
+    if name == "llama_joint":
+        assert (half.hidden, half.layers[0].q_per_kv, half.layers[0].mlp) == (2048, 2, 2 * 2048)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -167,9 +245,34 @@ def test_strategies_draw_what_they_say(strategy: str, n: int, ends: tuple[bool, 
     assert all(sub is None or sub in pool.networks for step in found for sub in step)
     if strategy.startswith("sandwich"):
         assert all(step[0] is None for step in found)
+        assert all(sub is not None for step in found for sub in step[1:])  # the full network is trained once
+    else:
+        assert any(None in step for step in found)
     if strategy == "sandwich":
         assert all(step[-1] == space.smallest() for step in found)
     assert found == [list(draw(random.Random(seed))) for seed in range(20)]
+
+
+@pytest.mark.parametrize("strategy", ["sandwich", "sandwich-grid"])
+def test_a_sandwich_has_more_than_the_full_network(strategy: Any) -> None:
+    """Draws from the space are of other networks too; a pool of the full one alone is refused."""
+    config = CONFIGS["llama"]()
+    space = grid_of(config, "llama_joint")
+    assert isinstance(space, Grid)
+    few = replace(space, hidden=(48,), heads=((4, 2),), depths=(4,))
+    draw = draws.draw_of(few, draws.Pool(()), strategy, 2)
+    assert all(None not in draw(random.Random(seed))[1:] for seed in range(20))
+    for pool, space in ((draws.Pool((few.largest(),)), few), (draws.Pool(()), replace(few, mlp=few.mlp[:1]))):
+        with pytest.raises(UserError, match="nothing but the full network"):
+            draws.draw_of(space, pool, strategy, 2)
+        assert list(draws.draw_of(space, pool, "random", 2)(random.Random(0))) == [None]
+
+
+def test_their_code_draws_three_beside_the_full_network() -> None:
+    assert TrainConfig().drawn == 2
+    assert TrainConfig(strategy="sandwich-grid").drawn == 3
+    assert TrainConfig(strategy="sandwich-grid", drawn=2).drawn == 2
+    assert resolve(None, {"model": "m", "train.strategy": "sandwich-grid"}).train.drawn == 3
 
 
 @pytest.mark.parametrize("sampler", ["grid-params", "random"])

@@ -11,8 +11,12 @@ from test_slicing import _fingerprint, _logits, _random_order, _relative, every_
 from tiny import indexed, ragged, tiny, tokens
 from torch import nn
 
+from prunus.errors import UserError
 from prunus.models.families import Family, family_of, full
+from prunus.models.rows import rows
 from prunus.models.slicing import activate, sort
+from prunus.training import adapters
+from prunus.training.learning import TrainConfig, adapted
 
 
 def _lora(model: Any, family: Family, embeddings: bool = False) -> Any:
@@ -72,3 +76,36 @@ def test_only_adapters_get_gradients(name: str, embeddings: bool) -> None:
     for layer in range(4):
         assert any(f"{family.layers}.{layer}." in n for n in with_grad)
     assert _fingerprint(lora) == before
+
+
+@every_family
+@pytest.mark.parametrize("choice", ["attention", "mlp", "linear", "attention mlp", "embedding", "head", "all"])
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_sit_on_the_matrices_that_are_named_and_no_others(name: str, choice: str) -> None:
+    """GPT-2 calls a matrix of both sub-layers c_proj; paths tell them apart."""
+    model: Any = tiny(name)
+    family = family_of(model.config)
+    if model.config.tie_word_embeddings and choice in ("embedding", "head", "all"):
+        with pytest.raises(UserError, match="one for both"):
+            adapters.attach(model, family, rank=2, adapted=choice)
+        return
+    parts = {"linear": "attention mlp", "all": "attention mlp embedding head"}.get(choice, choice).split()
+    wanted = {
+        row.path.rpartition(".")[0]
+        for row in rows(model, family)
+        if row.name == "weight" and len(row.axes) == 2 and not {"positions"} & {*row.axes}
+        and (row.part if row.part != "outer" else "embedding" if row.path.startswith(family.embedding) else "head")
+        in parts
+    }  # fmt: skip
+    adapters.attach(model, family, rank=2, adapted=choice)
+    assert set(adapters.adapted_modules(model)) == wanted
+    assert wanted
+
+
+def test_what_gets_adapters_is_named_by_its_parts() -> None:
+    assert adapted("head, attention") == ("attention", "head")
+    assert adapted("linear") == adapted("mlp attention") == ("attention", "mlp")
+    assert adapted("linear,embedding,head") == adapted("all")
+    for wrong in ("lm_head", ",", "attention,mpl"):
+        with pytest.raises(UserError, match="one or several of attention, mlp, embedding, head"):
+            TrainConfig(adapt=wrong)

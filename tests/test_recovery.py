@@ -210,7 +210,7 @@ def test_what_a_run_cannot_train_is_refused_before_any_long_work(
     monkeypatch.setattr(steps, "calibrate", lambda s: pytest.fail("calibrated"))
     for number, (changes, words) in enumerate(
         (
-            ({"train__sort": False}, r"train.sort is false"),
+            ({"train__strategy": "standard", "train__teacher": "dense"}, "would learn nothing by imitating it"),
             ({"train__data": str(tmp_path / "none.txt")}, "none.txt"),
             ({"train__length": 4096}, r"at most the model's .* --window 4096"),
             ({"train__rank": 2, "train__adapt": "all"}, "use --adapt linear"),
@@ -219,6 +219,56 @@ def test_what_a_run_cannot_train_is_refused_before_any_long_work(
     ):
         with pytest.raises(UserError, match=words):
             compress(run_config(**changes), tmp_path / str(number))
+
+
+def test_sub_networks_of_an_unsorted_training_are_the_first_members(tmp_path: Path) -> None:
+    """For comparison with sorted ones, as in the ablation of Sukthanker et al."""
+    few = {"train__steps": 1, "train__lr": 1e-6, "train__sampler": "grid-params", "train__space": "llama_joint"}
+    found = compress(run_config(train__sort=False, **few), tmp_path)
+    assert math.isfinite(found["chosen"][0]["kl_nats"])
+    units = load_file(tmp_path / "units.safetensors")
+    assert units["hidden"].tolist() == list(range(len(units["hidden"])))
+    assert units["layers"].tolist() == list(range(len(units["layers"])))
+    dense, own = load_file(MODEL / "model.safetensors"), load_file(tmp_path / "supernet" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert float((own[name] - dense[name]).abs().max()) < 1e-4  # its rows are where they were
+
+
+def test_a_run_goes_on_with_a_lower_rate_and_begins_again_with_other_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prunus.training import loop
+
+    asked = {"train__steps": 6, "train__save_every": 2, "train__sampler": "grid-params"}
+    real, log = loop.divergence, tmp_path / "training" / "log.jsonl"
+
+    def spoilt(*given: Any) -> Any:
+        return real(*given) * (float("nan") if (tmp_path / "training" / "checkpoint-4").exists() else 1.0)
+
+    monkeypatch.setattr(loop, "divergence", spoilt)
+    with pytest.raises(UserError, match=r"nan at step 5, .* prunus train RUN with them, goes on from that state"):
+        compress(run_config(**asked), tmp_path)
+    monkeypatch.setattr(loop, "divergence", real)
+    with pytest.raises(UserError, match="prunus train"):  # which the plain command may not do by itself
+        compress(run_config(**asked, train__lr=1e-4), tmp_path)
+    steps_of = loop.SandwichTrainer.plan
+    seen: list[int] = []
+    monkeypatch.setattr(
+        loop.SandwichTrainer, "plan", lambda self: (seen.append(self.state.global_step), steps_of(self))[1]
+    )
+    found = step(tmp_path, "train", {"train.lr": 1e-4})
+    assert seen == [4, 5]
+    assert found["eased"] == [{"step": 4, "lr": [1e-3, 1e-4]}]
+    assert json.loads((tmp_path / "manifest.json").read_text())["notes"]["train"]["eased"] == found["eased"]
+    assert log.is_file() and not list((tmp_path / "training").glob("checkpoint-*"))
+    seen.clear()
+    monkeypatch.setattr(loop, "divergence", spoilt)
+    with pytest.raises(UserError, match="nan at step 5"):
+        step(tmp_path, "train", {"train.kd": 2.0})
+    monkeypatch.setattr(loop, "divergence", real)
+    seen.clear()
+    assert "eased" not in step(tmp_path, "train", {"train.kd": 0.5})
+    assert seen == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_command_trains_an_existing_run(tmp_path: Path) -> None:
@@ -279,6 +329,24 @@ def test_the_gain_over_another_model_is_of_paired_examples() -> None:
     assert difference(own, {"c": {"each": [1, 0]}}) is None
     assert difference(own, {"a": {"each": [1, 0]}, "b": {"each": [1, 0]}}) is None
     assert difference({"a": {"each": None}}, {"a": {"each": None}}) is None
+
+
+def test_a_metric_that_is_asked_for_is_the_one_that_is_given() -> None:
+    from prunus.tasks import Asked, _figure
+
+    raw = {
+        "results": {"boolq": {"alias": "boolq", "acc,none": 0.5, "acc_stderr,none": 0.1}},
+        "n-samples": {"boolq": {"original": 4, "effective": 4}},
+    }
+    assert _figure(raw, Asked("boolq", 0, "acc"), False) == {
+        "value": 0.5, "se": 0.1, "metric": "acc", "shots": 0, "n": 4,
+    }  # fmt: skip
+    assert _figure(raw, Asked("boolq", 0, ""), False)["metric"] == "acc"
+    for metric in ("acc_norm", "exact_match,strict-match"):
+        with pytest.raises(UserError, match=rf"boolq has no figure {metric} \(it has: acc\)"):
+            _figure(raw, Asked("boolq", 0, metric), False)
+    with pytest.raises(UserError, match=r"has no figure at all \(it has: none\)"):
+        _figure({"results": {"boolq": {"alias": "boolq"}}}, Asked("boolq", 0, ""), False)
 
 
 def test_suites_are_the_papers() -> None:

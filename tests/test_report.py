@@ -282,3 +282,15 @@ def test_a_run_without_a_network_still_reports(tmp_path: Path) -> None:
 
 def test_table_aligns_numbers_to_the_right() -> None:
     assert table(["name", "n"], [["a", "1"]]) == "| name | n |\n| --- | ---: |\n| a | 1 |"
+
+
+def test_bins_that_stayed_empty_are_told() -> None:
+    drawn = {"random": [3, 1], "pool": [2, 2], "least": 1e6, "most": 5e6, "sampler": "grid-params"}
+    page = markdown({**report_data(), "draws": drawn})  # of an older version: nothing is known of its bins
+    assert "report/sizes.png" in page and "empty" not in page
+    page = markdown({**report_data(), "draws": {**drawn, "empty": [], "bins": 4, "attempts": 4000}})
+    assert "stayed empty" not in page
+    page = markdown({**report_data(), "draws": {**drawn, "empty": [[1e6, 2e6], [4.5e6, 5e6]], "bins": 4,
+                                                "attempts": 4000}})  # fmt: skip
+    assert "2 of 4 bins stayed empty after 4,000 draws" in page
+    assert "in millions of parameters: 1 to 2, 4.5 to 5." in page

@@ -26,7 +26,7 @@ from prunus.recording.reader import ReadOnlyRun
 from prunus.recording.run import Run
 from prunus.terminal import Terminal
 from prunus.training import meeting
-from prunus.training.loop import _refuse_sharded
+from prunus.training.states import refuse_sharded
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MODEL = SHARED / "models" / "stories260k-hf"
@@ -119,20 +119,16 @@ def test_recover_on_sharded_weights_is_recover(tmp_path: Path) -> None:
 
 
 def test_sharding_that_cannot_serve_is_refused() -> None:
-    def trainer(draw: Any = None, **plugins: Any) -> Any:
-        state = Some(**plugins)
-        return Some(accelerator=Some(state=state), draw=draw, weights=None)
-
-    _refuse_sharded(trainer())
-    _refuse_sharded(trainer(fsdp_plugin=Some(fsdp_version=2)))
-    _refuse_sharded(trainer(draw=len, deepspeed_plugin=Some(zero_stage=2)))
-    for refused, words in (
-        (trainer(deepspeed_plugin=Some(zero_stage=3)), "zero_stage 1 or 2"),
-        (trainer(fsdp_plugin=Some(fsdp_version=1)), "fsdp_version: 2"),
-        (trainer(draw=len, fsdp_plugin=Some(fsdp_version=2)), "views into whole weights"),
+    refuse_sharded(Some(), slices=True)
+    refuse_sharded(Some(fsdp_plugin=Some(fsdp_version=2)), slices=False)
+    refuse_sharded(Some(deepspeed_plugin=Some(zero_stage=2)), slices=True)
+    for refused, slices, words in (
+        (Some(deepspeed_plugin=Some(zero_stage=3)), False, "zero_stage 1 or 2"),
+        (Some(fsdp_plugin=Some(fsdp_version=1)), False, "fsdp_version: 2"),
+        (Some(fsdp_plugin=Some(fsdp_version=2)), True, "views into whole weights"),
     ):
         with pytest.raises(UserError, match=words):
-            _refuse_sharded(refused)
+            refuse_sharded(refused, slices=slices)
 
 
 @pytest.fixture

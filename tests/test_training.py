@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import CONFIGS, ragged, tiny, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -177,21 +179,83 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
         fit(job(tmp_path))
 
 
+def after(step: int, do: Any) -> Any:
+    """What `advance` is told of every step; after this one it does something."""
+    seen = iter(range(1, 99))
+    return lambda n: do() if next(seen) == step else None
+
+
+def spoil(model: Any) -> None:
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = float("nan")
+
+
+def stopped(one: Job, words: str) -> None:
+    """The training ends with these words, and the newest state is the one of step 2, which is whole and finite."""
+    with pytest.raises(UserError, match=rf"{words}.*the last good state is .*checkpoint-2"):
+        fit(one)
+    kept = states.last(one.out)
+    assert kept == one.out / "checkpoint-2"
+    assert all(bool(torch.isfinite(t).all()) for t in load_file(kept / "trainable.safetensors").values())
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
     one = job(tmp_path)
+    one.advance = after(3, lambda: spoil(one.model))
+    stopped(one, "the loss is nan at step 4, in the full network")
 
-    def poison(n: int) -> None:
-        poison.steps += 1  # type: ignore[attr-defined]
-        if poison.steps == 3:  # type: ignore[attr-defined]
-            one.model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = float("nan")
 
-    poison.steps = 0  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match=r"nan at step 4, in the full network; .*checkpoint-2"):
-        fit(replace(one, advance=poison))
-    from safetensors.torch import load_file
+def test_weights_that_are_not_finite_are_no_state(tmp_path: Path) -> None:
+    one = job(tmp_path)
+    one.advance = after(4, lambda: spoil(one.model))  # a step that saves
+    stopped(one, "up_proj.weight is not finite after step 4")
 
-    kept = load_file(tmp_path / "checkpoint-2" / "trainable.safetensors")
-    assert all(bool(torch.isfinite(t).all()) for t in kept.values())
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_is_refused_before_the_step(clip: float, tmp_path: Path) -> None:
+    one = job(tmp_path, config=replace(CONFIG, clip=clip))
+    weight, bad = one.model.get_parameter("model.layers.1.mlp.up_proj.weight"), float("inf")
+    one.advance = after(3, lambda: weight.register_hook(lambda g: g * bad))  # of step 4, which saves
+    stopped(one, "the norm of the gradient is (inf|nan) at step 4")
+    assert all(bool(torch.isfinite(p).all()) for p in one.model.parameters())
+
+
+def test_a_loss_of_a_sub_network_is_told_with_its_size_and_widths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import prunus.training.loop as training
+
+    whole = full(tiny("llama").config)
+    sub = SubNetwork(48, (whole.layers[0], LayerShape(2, 1, 7), LayerShape(0, 0, 80), LayerShape(4, 2, 0)))
+    one = job(tmp_path, subs=[None, sub])
+    real = training.divergence  # which only sub-networks have
+
+    def spoilt(*given: Any) -> torch.Tensor:
+        return real(*given) * (float("nan") if (tmp_path / "checkpoint-2").exists() else 1.0)
+
+    monkeypatch.setattr(training, "divergence", spoilt)
+    n = sum(p.numel() for p in extract(one.model, one.family, sub).parameters())
+    share = n / sum(p.numel() for p in one.model.parameters())
+    words = f"{n:,} parameters, {share:.1%} of all: hidden size 48, 2 to 8 query heads in 3 and 7 to 80 neurons in 3 of"
+    stopped(one, rf"the loss is nan at step 3, in sub-network 1 of the step \({words} 4 layers; {sub.key()}\)")
+
+
+@pytest.mark.parametrize("eased", [{"lr": 1e-4}, {"warmup": 3.0}, {"lr": 2e-4, "warmup": 0.5}])
+def test_a_training_goes_on_with_what_helps_against_nan(eased: dict[str, Any], tmp_path: Path) -> None:
+    one = job(tmp_path, config=replace(CONFIG, steps=6))
+    one.advance = after(3, lambda: spoil(one.model))
+    stopped(one, "the loss is nan")
+    config = replace(CONFIG, steps=6, **eased)
+    found = fit(job(tmp_path, config=config))
+    changes = {key: [getattr(CONFIG, key), value] for key, value in eased.items()}
+    assert found.eased == [{"step": 2, **changes}]
+    rates = {int(row["step"]): row["learning_rate"] for row in found.history if "learning_rate" in row}
+    fresh = fit(job(tmp_path / "fresh", config=config)).history
+    wanted = [row["learning_rate"] for row in fresh if "learning_rate" in row]
+    assert [rates[step] for step in (3, 4, 5, 6)] == pytest.approx(wanted[2:])
+    assert [rates[1], rates[2]] != pytest.approx(wanted[:2])
+    assert fit(job(tmp_path, config=config)).eased == found.eased  # done, and still told
+    with pytest.raises(UserError, match="other settings: lr"):
+        fit(job(tmp_path, config=replace(config, lr=5e-5)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "qwen2"])
@@ -256,16 +320,23 @@ def test_losses_of_no_weight_are_refused() -> None:
         replace(CONFIG, ce=0.0, kd=0.0)
 
 
-def test_embedding_adapters_are_refused_where_one_matrix_serves_both_ends() -> None:
+@pytest.mark.parametrize("adapted", ["all", "embedding", "attention,head"])
+def test_adapters_of_both_ends_are_refused_where_one_matrix_serves_them(adapted: str) -> None:
     model: Any = tiny("qwen2")
     with pytest.raises(UserError, match="use --adapt linear"):
-        adapters.attach(model, family_of(model.config), rank=2, adapted="all")
+        adapters.attach(model, family_of(model.config), rank=2, adapted=adapted)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_embedding_and_head_can_be_adapted(tmp_path: Path) -> None:
-    one = job(tmp_path, config=replace(CONFIG, rank=2, steps=3, lr=1e-2, adapt="all"))
+@pytest.mark.parametrize("adapted", ["all", "embedding", "head", "mlp, head"])
+def test_embedding_and_head_can_be_adapted(adapted: str, tmp_path: Path) -> None:
+    one = job(tmp_path, config=replace(CONFIG, rank=2, steps=3, lr=1e-2, adapt=adapted))
+    before = weights(one.model)
     fit(one)
+    changed = {name for name, p in weights(one.model).items() if not torch.equal(p, before[name])}
+    assert any("embed_tokens.lora_" in name for name in changed) == (adapted in ("all", "embedding"))
+    assert any("lm_head.lora_" in name for name in changed) == (adapted != "embedding")
+    assert any("mlp.up_proj.lora_" in name for name in changed) == (adapted in ("all", "mlp, head"))
     sub = ragged(one.model.config)
     with torch.no_grad():
         with activate(one.model, one.family, sub):
@@ -329,6 +400,16 @@ history = fit(one).history
 import os
 if os.environ.get("RANK", "0") == "0":
     torch.save((losses(history), weights(one.model)), out / "found.pt")
+
+import prunus.training.loop as training
+from prunus.errors import UserError
+if os.environ["RANK"] == "1":  # the other process's losses stay finite
+    real = training.divergence
+    training.divergence = lambda *a: real(*a) * float("nan")
+try:
+    fit(together(out / "spoilt", 1, int(sys.argv[2])))
+except UserError as error:
+    (out / ("said-" + os.environ["RANK"])).write_text(str(error))
 """
 
 
@@ -343,6 +424,8 @@ def test_two_processes_are_one_with_twice_the_accumulation(tmp_path: Path) -> No
         [*launch, str(tmp_path / "two"), str(rank)], env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    for said in ((tmp_path / "two" / f"said-{rank}").read_text() for rank in (0, 1)):
+        assert re.match(r"the loss is nan at step 1, in sub-network 1 of the step \(.*\), in process 1 of 2;", said)
     two, w2 = torch.load(tmp_path / "two" / "found.pt")
     alone = together(tmp_path / "one", 2, rank)
     one, w1 = losses(fit(alone).history), weights(alone.model)

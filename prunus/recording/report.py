@@ -40,7 +40,7 @@ class ReportData(TypedDict):
     rival: NotRequired[dict[str, Any]]  # whose method it is, where it is not ours: name, title, paper, notes by network
     latency: NotRequired[dict[str, Any]]  # the table that times were predicted by, as JSON
     front: NotRequired[dict[str, Any]]  # a front of several objectives and its control: RUN/search/front.json
-    draws: NotRequired[dict[str, Any]]  # sizes that the training drew from: counts, least, most, sampler
+    draws: NotRequired[dict[str, Any]]  # sizes that the training drew from: counts, least, most, sampler, empty bins
     types: NotRequired[dict[str, str]]  # where weights are stored in another type than they computed in: both
 
 
@@ -251,15 +251,21 @@ def save_draws(draws: Mapping[str, Any], folder: Path) -> Path:
 
 
 def _draws(data: ReportData) -> str:
-    if not data.get("draws"):
+    found = data.get("draws")
+    if not found:
         return ""
-    return "\n\n".join(
-        [
-            "## What the training drew",
-            "![sizes of uniform draws and of the pool](report/sizes.png)",
-            "Uniform widths give skewed sizes; bins of parameter counts cure that.",
-        ]
-    )
+    words = [
+        "## What the training drew",
+        "![sizes of uniform draws and of the pool](report/sizes.png)",
+        "Uniform widths give skewed sizes; bins of parameter counts cure that.",
+    ]
+    if empty := found.get("empty"):
+        named = ", ".join(f"{low / 1e6:.3g} to {high / 1e6:.3g}" for low, high in empty)
+        words.append(
+            f"{len(empty)} of {found['bins']} bins stayed empty after {found['attempts']:,} draws, so that the "
+            f"training saw no network of these sizes, in millions of parameters: {named}."
+        )
+    return "\n\n".join(words)
 
 
 def _kept(data: ReportData) -> str:

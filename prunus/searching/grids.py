@@ -2,7 +2,8 @@
 
 The spaces of Sukthanker et al. 2024 (arXiv:2410.06479; sec. 3 and the code of its third version), by their names there,
 for any model. Sub-networks are prefixes of the sorted super-network, whole layers leave in the order of importance, and
-every space has the full network in it. Heads are never made smaller (docs/decisions.md, 3).
+the largest network is always the full one, as in their sandwiches, also where the ratios of a space stop below it.
+Heads are never made smaller (docs/decisions.md, 3), and every KV group stays, as there, except where each has one head.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Name = Literal["llama_joint", "llama_heads", "llama", "llama2", "hw_gpt_bench", 
 NAMES: tuple[Name, ...] = (
     "llama_joint", "llama_heads", "llama", "llama2", "hw_gpt_bench", "small", "medium", "groups", "layers",
 )  # fmt: skip
-LEAST_HIDDEN = 64  # where hidden sizes are a range, it begins here (or at half of a smaller model's)
+LEAST_HIDDEN = 64  # where a range of hidden sizes does not begin at 1, it begins here (or at half of a smaller model's)
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Grid:
     """A product of few choices; each list has its largest option first.
 
     mlp: neurons, or with `ratio` multiples of the hidden size chosen. own: heads and MLP are chosen for each layer.
-    log_hidden: hidden sizes are drawn log-uniformly.
+    log_hidden: hidden sizes are all whole numbers between two, drawn log-uniformly.
     """
 
     hidden: tuple[int, ...]
@@ -74,11 +75,12 @@ class Grid:
         )
 
     def _neurons(self, mlp: float, hidden: int) -> int:
-        return max(1, min(self.widest, round(mlp * hidden))) if self.ratio else int(mlp)
+        return min(self.widest, int(mlp * hidden + 1e-6)) if self.ratio else int(mlp)
 
     def largest(self) -> SubNetwork:
-        """The first option everywhere: the full network."""
-        return self.build([0] * len(self.genes))
+        """The full network: the first option everywhere, and whole MLPs."""
+        shape = LayerShape(*self.heads[0], self.widest)
+        return SubNetwork(self.hidden[0], (shape,) * self.n_layers)
 
     def smallest(self) -> SubNetwork:
         """The last option everywhere."""
@@ -89,7 +91,7 @@ class Grid:
         levels = [rng.randrange(len(gene.options)) for gene in self.genes]
         if self.log_hidden:
             drawn = math.exp(rng.uniform(math.log(self.hidden[-1]), math.log(self.hidden[0])))
-            levels[0] = min(range(len(self.hidden)), key=lambda k: abs(self.hidden[k] - drawn))
+            levels[0] = self.hidden[0] - round(drawn)
         return self.build(levels)
 
     @property
@@ -107,8 +109,26 @@ Space = Grid | SearchSpace
 
 
 def along(space: Space, share: float) -> SubNetwork:
-    """The network at `share` (0: smallest, 1: largest) of the way through every gene: the linear grid of the paper."""
-    return space.build([round((1 - share) * (len(gene.options) - 1)) for gene in space.genes])
+    """The network at `share` (0: smallest, 1: largest) of the way through every width: the linear grid of their code.
+
+    Widths themselves are interpolated, KV groups and query heads in each apart; the nearest option stands for each.
+    """
+    if share == 1:
+        return space.largest()
+    return space.build([_nearest(gene.options, share) for gene in space.genes])
+
+
+def _nearest(options: Sequence[Any], share: float) -> int:
+    """The option nearest to `share` of the way from the last to the first, every number of it by its own range."""
+    parts = [option if isinstance(option, tuple) else (option,) for option in options]
+    ranges = [(low, high) for low, high in zip(parts[-1], parts[0], strict=True)]
+    aims = [low + share * (high - low) for low, high in ranges]
+
+    def away(k: int) -> float:
+        far = zip(parts[k], aims, ranges, strict=True)
+        return math.fsum(abs(part - aim) / (high - low) for part, aim, (low, high) in far if high > low)
+
+    return min(range(len(options)), key=away)
 
 
 def cuts_hidden(space: Space) -> bool:
@@ -117,13 +137,15 @@ def cuts_hidden(space: Space) -> bool:
 
 
 def grid_of(config: Any, name: Name, *, layer_order: Sequence[int] | None = None, mlp_step: int = 32) -> Space:
-    """The space `name` for a model.
+    """The space `name` for a model. Their ranges; depths are 1 .. all layers everywhere.
 
-    llama_joint, llama_heads: hidden sizes 32, 64, ... and the model's, 1 .. all query heads of every KV group (a power
-        of two of them), MLP 1, 2, ... times the hidden size, any depth. llama, llama2: the same with all heads; llama2
-        with any hidden size from 64 on. hw_gpt_bench: any hidden size, any heads, whole MLP ratios. small: any hidden
-        size, heads, neurons. medium: small, with heads and neurons of each layer. groups (ours): hidden size kept, KV
-        groups x query heads x neurons, all layers alike. layers (ours): the space of the search, each layer by itself.
+    llama_joint, llama_heads: hidden sizes 32, 64, ... (powers of two) and the model's; all, half or a quarter of the
+        query heads (of 32: 32, 16, 8); MLPs of 1, 2, ... times the hidden size, the last half and the model's own ratio
+        (1, 2, 3, 3.5). llama2: the same ratios, all heads, any hidden size from 64 on. llama: any hidden size, all
+        heads, MLPs of 1, 2, ... times it, no more than the model's ratio. hw_gpt_bench: any hidden size, heads 1 ..
+        all, MLPs of 1 .. 4 times. small: any hidden size from 64 on, heads, neurons. medium: small, with heads and
+        neurons of each layer. groups (ours): hidden size kept, KV groups x query heads x neurons, all layers alike.
+        layers (ours): the space of the search, each layer by itself.
     layer_order: layers, most important first (default: as `space_of`). Raises UserError for an unknown name.
     """
     if name not in NAMES:
@@ -135,23 +157,27 @@ def grid_of(config: Any, name: Name, *, layer_order: Sequence[int] | None = None
     if name == "layers":
         return space_of(config, mlp_step=step)
     order, depths = tuple(_order(n, layer_order)), tuple(range(n, 0, -1))
-    every = tuple(range(d["hidden"], max(1, min(LEAST_HIDDEN, d["hidden"] // 2)) - 1, -1))
-    powers = tuple(sorted({*(2**k for k in range(5, d["hidden"].bit_length()) if 2**k <= d["hidden"]), d["hidden"]}))
-    ratios, whole = _ratios(d["mlp"] / d["hidden"]), d["mlp"]
+    least = max(1, min(LEAST_HIDDEN, d["hidden"] // 2))
+    every, above = tuple(range(d["hidden"], 0, -1)), tuple(range(d["hidden"], least - 1, -1))
+    powers = tuple(sorted({*(2**k for k in range(5, d["hidden"].bit_length())), d["hidden"]}, reverse=True))
+    ratio, whole = d["mlp"] / d["hidden"], d["mlp"]
     all_heads = ((d["kv_heads"], d["q_per_kv"]),)
     any_heads = tuple((d["kv_heads"], q) for q in range(d["q_per_kv"], 0, -1))
     if d["q_per_kv"] == 1:  # no heads inside groups to choose from: whole groups
         any_heads = tuple(_heads(d["kv_heads"], 1, "groups"))
-    halves = tuple(h for h in any_heads if _is_power(any_heads[0][0] * any_heads[0][1] / (h[0] * h[1]))) or any_heads
+    n_heads = d["kv_heads"] * d["q_per_kv"]
+    halves = tuple(h for h in any_heads if n_heads / (h[0] * h[1]) in (1, 2, 4))
     if name in ("llama_joint", "llama_heads"):
-        return Grid(powers[::-1], halves if len(halves) > 1 else any_heads, ratios, depths, order, whole, ratio=True)
-    if name in ("llama", "llama2"):
-        hidden = every if name == "llama2" else powers[::-1]
-        return Grid(hidden, all_heads, ratios, depths, order, whole, ratio=True, log_hidden=name == "llama2")
+        some = halves if len(halves) > 1 else any_heads
+        return Grid(powers, some, _ratios(ratio), depths, order, whole, ratio=True)
+    if name == "llama2":
+        return Grid(above, all_heads, _ratios(ratio), depths, order, whole, ratio=True, log_hidden=True)
+    if name == "llama":
+        return Grid(every, all_heads, _whole_ratios(ratio), depths, order, whole, ratio=True, log_hidden=True)
     if name == "hw_gpt_bench":
-        return Grid(every, any_heads, ratios, depths, order, whole, ratio=True, log_hidden=True)
+        return Grid(every, any_heads, _whole_ratios(4), depths, order, whole, ratio=True, log_hidden=True)
     neurons = tuple(float(k) for k in range(whole, 0, -1))
-    return Grid(every, any_heads, neurons, depths, order, whole, own=name == "medium", log_hidden=True)
+    return Grid(above, any_heads, neurons, depths, order, whole, own=name == "medium", log_hidden=True)
 
 
 def searchable(space: Space, config: Any, *, mlp_step: int = 32) -> SearchSpace:
@@ -165,24 +191,25 @@ def searchable(space: Space, config: Any, *, mlp_step: int = 32) -> SearchSpace:
         found = space_of(config, mlp_step=min(mlp_step, space.widest), hidden=space.hidden)
         gone = [tuple(h for h in found.attention[i] if h == (0, 0)) for i in range(space.n_layers)]
         return replace(found, attention=tuple((*space.heads, *none) for none in gone))
-    widths = sorted({space._neurons(mlp, hidden) for mlp in space.mlp for hidden in space.hidden}, reverse=True)
+    widths = {space._neurons(mlp, hidden) for mlp in space.mlp for hidden in space.hidden} | {space.widest}
     n = space.n_layers
     return SearchSpace(
-        (space.heads,) * n, (tuple(widths),) * n, space.hidden, True, space.depths, space.layer_order
+        (space.heads,) * n, (tuple(sorted(widths, reverse=True)),) * n, space.hidden, True, space.depths,
+        space.layer_order,
     )  # fmt: skip
 
 
 def _ratios(most: float) -> tuple[float, ...]:
     """1, 2, ... times the hidden size, the last half step if it fits, and the model's own ratio."""
-    whole = math.floor(most)
-    found = {*map(float, range(1, whole + 1)), most}
-    if whole + 0.5 < most:
-        found.add(whole + 0.5)
+    found = {*_whole_ratios(most), most}
+    if math.floor(most) + 0.5 < most:
+        found.add(math.floor(most) + 0.5)
     return tuple(sorted(found, reverse=True))
 
 
-def _is_power(x: float) -> bool:
-    return x >= 1 and math.log2(x).is_integer()
+def _whole_ratios(most: float) -> tuple[float, ...]:
+    """..., 2, 1 times the hidden size."""
+    return tuple(float(k) for k in range(max(1, math.floor(most)), 0, -1))
 
 
 __all__ = ["NAMES", "Grid", "Name", "Space", "along", "cuts_hidden", "grid_of", "searchable"]

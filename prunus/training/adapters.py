@@ -7,15 +7,16 @@ W' = W[o, i] + scale B[o, :] A[:, i] (Hu et al. 2022, arXiv:2106.09685; elastic:
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+import re
+from typing import Any
 
 import torch
 from torch import nn
 
 from prunus.errors import UserError
 from prunus.models.families import Family
-
-Adapted = Literal["linear", "attention", "mlp", "all"]
+from prunus.models.rows import layers_of
+from prunus.training.learning import adapted as parts_of
 
 
 def attach(
@@ -25,25 +26,25 @@ def attach(
     rank: int,
     alpha: float | None = None,
     dropout: float = 0.0,
-    adapted: Adapted = "linear",
+    adapted: str = "linear",
     seed: int = 0,
 ) -> Any:
     """Put LoRA adapters into the model (**in place**) and freeze everything else; returns the model.
 
-    alpha: B A is scaled by alpha / rank; twice the rank by default. adapted: "linear" takes every matrix of the decoder
-    layers, "attention" or "mlp" those of one kind, "all" adds token embedding and output matrix. seed: of their first
-    weights; other random numbers are left as they are.
-    Raises UserError where peft is missing, and for "all" where embedding and output matrix are one tensor: an update of
-    one of them could not be merged without changing the other.
+    alpha: B A is scaled by alpha / rank; twice the rank by default. adapted: one or several of "attention", "mlp" (the
+    matrices of that kind in all decoder layers), "embedding" (of tokens) and "head" (the output matrix); "linear" is
+    short for the first two, "all" for all. seed: of their first weights; other random numbers are left as they are.
+    Raises UserError where peft is missing, and for "embedding" and "head" where these are one tensor: an update of one
+    of them could not be merged without changing the other.
     """
-    names = check(model, family, adapted)
+    paths = check(model, family, adapted)
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha or 2 * rank,  # type: ignore[arg-type]
         lora_dropout=dropout,
-        target_modules=names,
+        target_modules="|".join(re.escape(path) for path in paths),  # matched as a whole: a list also by path endings
     )
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -56,26 +57,26 @@ def attach(
     return model
 
 
-def check(model: Any, family: Family, adapted: Adapted) -> list[str]:
-    """The names of the matrices that would get adapters; raises UserError as `attach` does."""
+def check(model: Any, family: Family, adapted: str) -> list[str]:
+    """The paths of the matrices that would get adapters; raises UserError as `attach` does."""
     if importlib.util.find_spec("peft") is None:
         raise UserError("LoRA needs the package peft; install it with pip install 'prunus[train]'")
-    return _names(model, family, adapted)
-
-
-def _names(model: Any, family: Family, adapted: Adapted) -> list[str]:
-    rows = {"attention": family.attention, "mlp": family.mlp}.get(adapted)
-    if rows is not None:
-        return sorted({path.rpartition(".")[2] for path, row in rows.items() if "->" in row})
-    names = list(family.linear_names)
-    if adapted == "all":
-        if getattr(model.config, "tie_word_embeddings", False):
-            raise UserError(
-                "adapters on embedding and output matrix (--adapt all) need two matrices, but this model has one for "
-                "both; use --adapt linear, or --rank 0 to train all weights"
-            )
-        names += [path.rpartition(".")[2] for path, row in family.outer.items() if "vocab" in row]
-    return names
+    parts = parts_of(adapted)
+    if {"embedding", "head"} & {*parts} and getattr(model.config, "tie_word_embeddings", False):
+        raise UserError(
+            f"adapters on embedding or output matrix (--adapt {adapted}) need two matrices, but this model has one for "
+            "both; use --adapt linear, or --rank 0 to train all weights"
+        )
+    inner = {**(family.attention if "attention" in parts else {}), **(family.mlp if "mlp" in parts else {})}
+    found = [
+        f"{family.layers}.{i}.{path}"
+        for i in range(len(layers_of(model, family)))
+        for path, row in inner.items()
+        if "->" in row
+    ]
+    ends = {"vocab -> hidden": "embedding", "hidden -> vocab": "head"}
+    there = {path for path, _ in model.named_modules()}
+    return found + [path for path, row in family.outer.items() if ends.get(row) in parts and path in there]
 
 
 def adapted_modules(model: nn.Module) -> dict[str, Any]:
@@ -100,4 +101,4 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-__all__ = ["Adapted", "adapted_modules", "attach", "check", "merge"]
+__all__ = ["adapted_modules", "attach", "check", "merge"]

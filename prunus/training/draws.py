@@ -17,15 +17,17 @@ import torch
 from torch import nn
 
 from prunus.errors import UserError
+from prunus.models import costs
 from prunus.models.families import Family
 from prunus.models.slicing import state_of
 from prunus.searching.grids import Space, along
 from prunus.searching.space import Cost
-from prunus.subnetwork import SubNetwork
+from prunus.subnetwork import LayerShape, SubNetwork
 
 Sampler = Literal["random", "grid", "grid-params", "calibrated-magnitude", "calibrated-ppl", "calibrated-kl"]
 Strategy = Literal["standard", "random", "sandwich", "sandwich-grid"]
 Score = Callable[[SubNetwork], float]  # lower is better
+UNITS = ("kv_heads", "q_per_kv", "mlp")
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def pool_of(
 ) -> Pool:
     """The networks that a training draws from.
 
-    "random": the whole space; "grid": `bins` steps from the smallest to the largest along every gene at once;
+    "random": the whole space; "grid": `bins` steps from the smallest to the largest along every width at once;
     "grid-params": one random network of each bin; "calibrated-...": the one of `draws` in each bin with the best score.
     least: cost of the smallest networks in the bins (default: the space's smallest, which then is in the pool).
     score: needed for the calibrated ones. advance is told the bins that are decided.
@@ -145,14 +147,25 @@ def draw_of(
     """The networks of one step, None for the full one, as a function of a generator.
 
     "standard": the full network. "random": one drawn. "sandwich": full, `n_drawn` drawn, smallest of the pool (or of
-    the space; eq. 1 of the paper).
-    "sandwich-grid": full and `n_drawn` drawn (its code: 3).
+    the space; eq. 1 of the paper). "sandwich-grid": full and `n_drawn` drawn (its code: 3).
+    Beside the full network others are drawn: a second pass of it would teach it nothing new.
+    Raises UserError where there are no others.
     """
-    whole = space.largest()
+    whole, beside = space.largest(), strategy.startswith("sandwich")
     least = pool.networks[0] if pool.networks else space.smallest()
+    some = [sub for sub in pool.networks if not (beside and sub == whole)]
+    if beside and least == whole:
+        raise UserError(
+            f"there is nothing but the full network to draw from, which a {strategy} trains anyway; give a lower "
+            "train.least, more attempts (train.trials), another --space, or --strategy standard"
+        )
 
     def one(rng: random.Random) -> SubNetwork | None:
-        sub = rng.choice(pool.networks) if pool.networks else space.sample(rng)
+        if some:
+            sub = rng.choice(some)
+        else:
+            while (sub := space.sample(rng)) == whole and beside:
+                pass
         return None if sub == whole else sub
 
     def draw(rng: random.Random) -> Sequence[SubNetwork | None]:
@@ -164,6 +177,24 @@ def draw_of(
         return [None, *drawn, least] if strategy == "sandwich" else [None, *drawn]
 
     return draw
+
+
+def in_brief(sub: SubNetwork, layout: costs.Layout) -> str:
+    """A sub-network in a few words: its size, and its widths from the least to the most."""
+    whole = SubNetwork(layout.whole["hidden"], (LayerShape(*(layout.whole[u] for u in UNITS)),) * layout.n_layers)
+    own, all_ = (costs.parameters(layout, one, "all") for one in (sub, whole))
+    heads = [s.kv_heads * s.q_per_kv for s in sub.layers if s.attends]
+    neurons = [s.mlp for s in sub.layers if s.mlp]
+    widths = [f"{_span(heads)} query heads in {len(heads)}", f"{_span(neurons)} neurons in {len(neurons)}"]
+    return (
+        f"{own:,} parameters, {own / all_:.1%} of all: hidden size {sub.hidden}, {' and '.join(widths)} of "
+        f"{layout.n_layers} layers; {sub.key()}"
+    )
+
+
+def _span(widths: Sequence[int]) -> str:
+    low, high = min(widths, default=0), max(widths, default=0)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def histogram(
@@ -178,4 +209,4 @@ def histogram(
     return counts
 
 
-__all__ = ["Bin", "Pool", "Sampler", "Strategy", "draw_of", "fill", "histogram", "magnitude", "pool_of"]
+__all__ = ["Bin", "Pool", "Sampler", "Strategy", "draw_of", "fill", "histogram", "in_brief", "magnitude", "pool_of"]

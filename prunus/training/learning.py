@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 from prunus.errors import UserError
 from prunus.setting import ANYWHERE, Section, setting
 
+ADAPTED = {"linear": ("attention", "mlp"), "all": ("attention", "mlp", "embedding", "head")}  # short for several
+
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
@@ -35,8 +37,12 @@ class TrainConfig(Section):
     sampler: Literal["random", "grid", "grid-params", "calibrated-magnitude", "calibrated-ppl", "calibrated-kl"] = (
         setting("calibrated-kl", "how sub-networks are drawn", step="train", flag="sampler")
     )
-    sort: bool = setting(True, "sub-networks keep the most important members, not the first ones", step="train")
-    drawn: int = setting(2, "sub-networks drawn in each step", step="train", low=1)
+    sort: bool = setting(
+        True, "sub-networks keep the most important members; else, for comparison, the first ones", step="train"
+    )
+    drawn: int | None = setting(
+        None, "sub-networks drawn in each step; `none`: 2, and 3 for sandwich-grid", step="train", low=1
+    )
     bins: int = setting(22, "bins of parameter counts", step="train", low=1)
     draws: int = setting(10, "candidates for each bin, the best of which is trained", step="train", low=1)
     least: float = setting(
@@ -47,7 +53,10 @@ class TrainConfig(Section):
         True, "while training, too, sub-networks run with the reformed weights that they would be shipped with",
         step="train",
     )  # fmt: skip
-    trials: int = setting(1000, "attempts to draw one before a bin is left empty", step="train", low=1)
+    trials: int = setting(
+        1000, "draws for each bin, trials x bins in all; bins that are not full then stay so, or empty", step="train",
+        low=1,
+    )  # fmt: skip
     teacher: Literal["in-place", "dense"] = setting(
         "in-place", "what sub-networks imitate: the full network as it is in that step, or the model before training",
         step="train", flag="teacher",
@@ -71,10 +80,12 @@ class TrainConfig(Section):
     rank: int = setting(0, "rank of LoRA adapters; 0: all weights are trained", step="train", flag="rank", low=0)
     alpha: float | None = setting(None, "adapters are scaled by alpha / rank; `none`: 2 x rank", step="train", above=0)
     dropout: float = setting(0.0, "dropout of adapters", step="train", low=0, high=0.99)
-    adapt: Literal["linear", "attention", "mlp", "all"] = setting(
-        "linear", "matrices that get adapters: of the layers, of one kind, or also embedding and output", step="train",
+    adapt: str = setting(
+        "linear",
+        "matrices that get adapters, one or several of attention, mlp, embedding, head; linear: the first two, all",
+        step="train",
         flag="adapt",
-    )  # fmt: skip
+    )
     precision: Literal["auto", "bfloat16", "float32"] = setting(
         "auto",
         "of matrix products (auto: bfloat16 where the device multiplies it); what is trained is float32",
@@ -89,7 +100,22 @@ class TrainConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.drawn is None:
+            object.__setattr__(self, "drawn", 3 if self.strategy == "sandwich-grid" else 2)
+        adapted(self.adapt)
         if not self.ce and not self.kd:
             raise UserError(
                 "train.ce and train.kd are both 0, so a network with a teacher would learn nothing; give --ce or --kd"
             )
+
+
+def adapted(names: str) -> tuple[str, ...]:
+    """What gets adapters, of attention, mlp, embedding and head; raises UserError for other names."""
+    asked = names.replace(",", " ").split()
+    if not asked or not {*asked} <= {*ADAPTED, *ADAPTED["all"]}:
+        raise UserError(
+            f"train.adapt is one or several of {', '.join(ADAPTED['all'])}, or is short for several: "
+            f"{', '.join(ADAPTED)}; given {names!r}"
+        )
+    parts = {part for name in asked for part in ADAPTED.get(name, (name,))}
+    return tuple(part for part in ADAPTED["all"] if part in parts)

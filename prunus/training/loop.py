@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,25 +22,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prunus.errors import UserError
 from prunus.launched import is_main
+from prunus.models import costs
 from prunus.models.families import Family
 from prunus.models.heads import Head, head_of, summed_loss
 from prunus.models.precision import multiplies
 from prunus.models.slicing import activate
-from prunus.recording.artefact import write_text
 from prunus.searching.objective import Weights
 from prunus.subnetwork import SubNetwork
 from prunus.texts.instructions import IGNORED, Windows
-from prunus.training import states
+from prunus.training import draws, states
 from prunus.training.learning import TrainConfig
 from prunus.training.losses import cross_entropy, divergence
 from prunus.training.teaching import Teacher
 
 Draw = Callable[[random.Random], Sequence[SubNetwork | None]]  # the sub-networks of one step; None: the model as it is
-RECORD = "training.json"
 LOG = "log.jsonl"
 LOOKS = ("report_to", "log_every", "eval_every")  # settings that change nothing in what is trained
 
@@ -64,6 +65,7 @@ class Fitted:
     tokens: int  # tokens of all steps together, each counted once however many passes saw it; padding counts
     seconds: float
     whole: dict[str, Tensor] | None = None  # what was trained, where the model that was is in pieces now
+    eased: Sequence[Mapping[str, Any]] = ()  # settings that changed on the way: step, and (before, after) of each
 
 
 class Network(nn.Module):
@@ -135,6 +137,7 @@ class SandwichTrainer(Trainer):
         super().__init__(model=network, args=args, data_collator=_stack, **more)
         self.network, self.family, self.draw = network, family, draw
         self.watched, self.teacher, self.holdout, self.weights = watched, teacher, holdout, weights
+        self.layout = costs.layout(network.model, family) if draw else None  # while no sub-network is active
         self._micro = (-1, 0)  # the step, and the batches of it that were seen
         self._earlier, self._start = 0.0, time.monotonic()
 
@@ -160,7 +163,7 @@ class SandwichTrainer(Trainer):
         for k, sub in enumerate(subs):
             first = k == 0 and sub is None and not taught
             alone = first or (not taught and subs[0] is not None)  # nobody to learn from
-            name = "the full network" if sub is None else f"sub-network {k} of the step, {sub.key()}"
+            name = "the full network" if sub is None else f"sub-network {k} of the step"
             ce, kd = (1.0, 0.0) if alone else (c.ce, c.kd)
             passes.append(Pass(name, sub, ce, kd, 1.0 / len(subs)))
         return passes
@@ -216,28 +219,61 @@ class SandwichTrainer(Trainer):
             yield
 
     def _refuse_nan(self, loss: Tensor, one: Pass) -> None:
-        bad = (~torch.isfinite(loss.detach())).float()
-        if self.args.world_size > 1:  # all processes stop together
+        """All processes stop together where the loss of any is not finite, and each says whose it was."""
+        bad, several = (~torch.isfinite(loss.detach())).float(), self.args.world_size > 1
+        if several:
             dist.all_reduce(bad)
-        if bad:
-            kept = states.last(Path(str(self.args.output_dir)))
-            where = f"the last good state is {str(kept)!r}" if kept else "no state had been saved yet"
-            raise UserError(
-                f"the loss is {float(loss.detach()):g} at step {self.state.global_step + 1}, in {one.name}; {where}. "
-                "Use a lower --lr, a longer warm-up, or --precision float32; the same command then goes on from that "
-                "state"
-            )
+        if not bad:
+            return
+        value, sub = float(loss.detach()), one.subnetwork
+        width = f" ({draws.in_brief(sub, self.layout)})" if sub and self.layout else ""
+        own = None if math.isfinite(value) else f"{value:g} at step {self.state.global_step + 1}, in {one.name}{width}"
+        found = [own] * self.args.world_size
+        if several:
+            dist.all_gather_object(found, own)
+        rank, words = next((k, words) for k, words in enumerate(found) if words)
+        self._stop(f"the loss is {words}{f', in process {rank} of {len(found)}' if several else ''}")
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's, asked before the optimiser's step; a finite loss may have a gradient that is not."""
+        norm: Any = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        value = float(norm.full_tensor() if isinstance(norm, DTensor) else 0.0 if norm is None else norm)
+        if not math.isfinite(value) and self.accelerator.mixed_precision != "fp16":  # whose scaler skips such steps
+            self._stop(f"the norm of the gradient is {value:g} at step {self.state.global_step + 1}")
+        return norm
+
+    def _stop(self, what: str) -> None:
+        kept = states.last(Path(str(self.args.output_dir)))
+        where = f"the last good state is {str(kept)!r}" if kept else "no state had been saved yet"
+        raise UserError(
+            f"{what}; {where}. Give a lower --lr, a longer warm-up (--set train.warmup=NUMBER) or --precision float32: "
+            "the same prunus recover with these, or prunus train RUN with them, goes on from that state"
+        )
 
     # ------------------------------------------------------------------------------------------------- its checkpoints
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only what is trained: adapters, or all weights in their master precision. All processes come here."""
         weights = states.trained(self.network.model)
+        if bad := next((name for name, weight in weights.items() if not bool(torch.isfinite(weight).all())), None):
+            self._stop(f"{bad} is not finite after step {self.state.global_step}")
         if self.args.should_save:
             states.save(weights, Path(str(output_dir or self.args.output_dir)), self.seconds)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._earlier = states.load(self.network.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, but with the learning rate of now: a state holds the one that it was trained with."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler: Any = self.lr_scheduler
+        if checkpoint is None or not hasattr(scheduler, "lr_lambdas"):
+            return
+        scheduler.base_lrs = [self.args.learning_rate] * len(scheduler.base_lrs)
+        for group, shape in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = self.args.learning_rate
+            group["lr"] = self.args.learning_rate * shape(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]  # what is logged
 
     # -------------------------------------------------------------------------------------------------- its evaluation
 
@@ -318,7 +354,7 @@ class Job:
 def fit(job: Job) -> Fitted:
     """Train the model (**in place**), going on from the last whole state in `job.out` where there is one.
 
-    Raises UserError for a loss that is not finite, a state that belongs to another training, and missing packages.
+    Raises UserError for a loss or gradient that is not finite, a state of another training, and missing packages.
     """
     config = job.config
     args = arguments(job)
@@ -331,14 +367,14 @@ def fit(job: Job) -> Fitted:
         weights=job.weights, train_dataset=Rows(job.windows), eval_dataset=Rows(job.holdout) if job.holdout else None,
         callbacks=[_Advance(job)],
     )  # fmt: skip
-    _refuse_sharded(trainer)
+    states.refuse_sharded(trainer.accelerator.state, slices=trainer.draw is not None or trainer.weights is not None)
     for callback in (*trainer.callback_handler.callbacks,):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
-    _remember(job, args.world_size)
-    last = states.last(job.out)
-    total = trainer_steps(job, args)
-    if last is not None and int(last.name.rpartition("-")[2]) >= total:
+    last, total = states.last(job.out), trainer_steps(job, args)
+    done = last is not None and states.step_of(last) >= total
+    eased = states.remember(job.out, identity(job, args.world_size), done=done, write=is_main())
+    if last is not None and done:
         seconds = states.load(job.model, last)
         history = list(json.loads((last / states.WHOLE).read_text())["log_history"])
     else:
@@ -352,22 +388,7 @@ def fit(job: Job) -> Fitted:
         job.model.get_buffer(name).data = buffer
     job.model.eval()
     whole = states.trained(job.model) if states.is_sharded(job.model) else None
-    return Fitted(history, total, tokens_seen(job, args, total), seconds, whole)
-
-
-def _refuse_sharded(trainer: SandwichTrainer) -> None:
-    """Raise UserError for ways of sharding in which a sub-network cannot be a view into its super-network."""
-    state: Any = trainer.accelerator.state
-    fsdp, zero = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
-    if zero is not None and zero.zero_stage > 2:
-        raise UserError("DeepSpeed's stage 3 leaves no process a whole weight; give zero_stage 1 or 2, or FSDP 2")
-    if fsdp is not None and fsdp.fsdp_version != 2:
-        raise UserError("of FSDP only version 2 is served; give fsdp_version: 2 in accelerate's configuration")
-    if fsdp is not None and (trainer.draw is not None or trainer.weights is not None):
-        raise UserError(
-            "sub-networks are views into whole weights, which FSDP shards; train a super-network by torchrun alone, or "
-            "with DeepSpeed's stages 1 and 2"
-        )
+    return Fitted(history, total, tokens_seen(job, args, total), seconds, whole, eased)
 
 
 def tokens_seen(job: Job, args: TrainingArguments, steps: int) -> int:
@@ -464,33 +485,10 @@ class _Advance(TrainerCallback):
 
 def identity(job: Job, processes: int) -> dict[str, Any]:
     """What makes a training this one, as plain data: models, text, seed and settings."""
-    note = {**job.belongs_to, "processes": processes, "windows": _digest(job.windows), "seed": job.seed}
+    note = {**job.belongs_to, "processes": processes, "windows": states.digest(job.windows), "seed": job.seed}
     note |= {key: value for key, value in vars(job.config).items() if key not in LOOKS}
     found: dict[str, Any] = json.loads(json.dumps(note))
     return found
-
-
-def _remember(job: Job, world: int) -> None:
-    """Note what the states of this folder belong to; refuse to go on with others."""
-    note = identity(job, world)
-    path = job.out / RECORD
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        differs = sorted(key for key in theirs.keys() | note.keys() if theirs.get(key) != note.get(key))
-        if differs and states.last(job.out):
-            named = ", ".join(f"{key} ({theirs.get(key)}, now {note.get(key)})" for key in differs)
-            raise UserError(
-                f"{str(job.out)!r} holds a training with other settings: {named}. Give those again, or delete it"
-            )
-    job.out.mkdir(parents=True, exist_ok=True)
-    if is_main():
-        write_text(path, json.dumps(note, indent=1))
-
-
-def _digest(windows: Windows) -> str:
-    from prunus.texts.calibration import token_hash
-
-    return token_hash(torch.cat([windows.ids, windows.labels]))[:16]
 
 
 __all__ = ["Draw", "Fitted", "Job", "Network", "Pass", "SandwichTrainer", "fit"]

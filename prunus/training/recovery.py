@@ -127,6 +127,7 @@ def _figures(job: Job, fitted: Fitted, config: CompressConfig, teacher: str | No
         "steps": fitted.steps,
         "tokens": fitted.tokens,
         "seconds": fitted.seconds,
+        **({"eased": fitted.eased} if fitted.eased else {}),
         "held_out": ends,
         "history": fitted.history,
         "settings": {key: value for key, value in vars(job.config).items() if key != "data"},

@@ -1,10 +1,11 @@
-"""Floor 2: the states of a training on disk: what is trained, how long it took, and which of them was written whole."""
+"""Floor 2: the states of a training on disk: what is trained, whose they are, and which of them was written whole."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from prunus.errors import UserError
+from prunus.recording.artefact import write_text
+from prunus.texts.calibration import token_hash
+from prunus.texts.instructions import Windows
 
 WEIGHTS = "trainable.safetensors"
 SPENT = "seconds.txt"  # what it took to come there
 WHOLE = "trainer_state.json"  # Trainer writes it last
+RECORD = "training.json"  # what the states belong to
+EASED = ("lr", "warmup", "precision")  # settings that a training may go on with: what helps against a loss of NaN
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -33,6 +39,23 @@ def own_parameters(model: nn.Module) -> dict[str, Tensor]:
 def is_sharded(model: nn.Module) -> bool:
     """True if processes share the weights of a model among them."""
     return any(isinstance(p, DTensor) for p in model.parameters())
+
+
+def refuse_sharded(state: Any, *, slices: bool) -> None:
+    """Raise UserError for ways of sharding that cannot serve; slices: sub-networks are trained.
+
+    state: accelerate's, which knows what the launcher asked for.
+    """
+    fsdp, zero = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if zero is not None and zero.zero_stage > 2:
+        raise UserError("DeepSpeed's stage 3 leaves no process a whole weight; give zero_stage 1 or 2, or FSDP 2")
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise UserError("of FSDP only version 2 is served; give fsdp_version: 2 in accelerate's configuration")
+    if fsdp is not None and slices:
+        raise UserError(
+            "sub-networks are views into whole weights, which FSDP shards; train a super-network by torchrun alone, or "
+            "with DeepSpeed's stages 1 and 2"
+        )
 
 
 @torch.no_grad()
@@ -65,12 +88,56 @@ def load(model: nn.Module, state: Path) -> float:
     return float((state / SPENT).read_text())
 
 
+def step_of(state: Path) -> int:
+    """The step after which a state was written."""
+    return int(state.name.rpartition("-")[2])
+
+
 def last(folder: Path) -> Path | None:
     """The newest state that was written whole."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+    for path in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         try:
             json.loads((path / WHOLE).read_text())
         except (OSError, ValueError):
             continue
         return path
     return None
+
+
+def digest(windows: Windows) -> str:
+    """A short name of the windows that a training reads."""
+    return token_hash(torch.cat([windows.ids, windows.labels]))[:16]
+
+
+def differing(folder: Path, note: Mapping[str, Any]) -> list[str]:
+    """The keys in which the states of a folder belong to another training than this one; none where it has no states.
+
+    note: what makes a training this one, as plain data.
+    """
+    if not last(folder) or not (folder / RECORD).exists():
+        return []
+    theirs = json.loads((folder / RECORD).read_text())
+    return sorted(key for key in {*theirs, *note} - {"eased"} if theirs.get(key) != note.get(key))
+
+
+def remember(folder: Path, note: Mapping[str, Any], *, done: bool, write: bool) -> Sequence[Mapping[str, Any]]:
+    """Note what the states of this folder belong to (`write`: in one of the processes); refuse to go on with others.
+
+    done: nothing is left to train, so that no setting may differ.
+    Returns the settings that were eased on the way, this time's included: the step, and (before, after) of each.
+    """
+    state, differs, eased = last(folder), differing(folder, note), []
+    if state and (folder / RECORD).exists():
+        theirs = json.loads((folder / RECORD).read_text())
+        if {*differs} - {*(() if done else EASED)}:
+            named = ", ".join(f"{key} ({theirs.get(key)}, now {note.get(key)})" for key in differs)
+            raise UserError(
+                f"{str(folder)!r} holds a training with other settings: {named}. Give those again, or delete it"
+            )
+        eased = list(theirs.get("eased", ()))
+        if differs:
+            eased.append({"step": step_of(state), **{key: [theirs.get(key), note.get(key)] for key in differs}})
+    folder.mkdir(parents=True, exist_ok=True)
+    if write:
+        write_text(folder / RECORD, json.dumps({**note, **({"eased": eased} if eased else {})}, indent=1))
+    return eased

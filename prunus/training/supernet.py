@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from prunus import launched, machine
@@ -31,7 +32,7 @@ from prunus.searching.objective import Divergence
 from prunus.steps import Session, measure_moments, sort_model, space_of_run
 from prunus.subnetwork import SubNetwork
 from prunus.texts.instructions import Windows, windows_of
-from prunus.training import adapters, draws, meeting
+from prunus.training import adapters, draws, meeting, states
 from prunus.training.nested import Nested
 from prunus.training.teaching import Teacher
 
@@ -52,10 +53,10 @@ def check(s: Session, anew: bool = False) -> None:
         return
     from prunus.training.loop import check_installed  # transformers' Trainer takes seconds to import
 
-    if not c.sort:
+    if c.strategy == "standard" and c.teacher == "dense" and not c.ce:
         raise UserError(
-            "train.sort is false, but a run reads its widths as prefixes of the sorted super-network; the unsorted "
-            "samplers are for comparison: benchmarks/train.py"
+            "the full network, which --strategy standard trains, is its teacher at the beginning, so that it would "
+            "learn nothing by imitating it; give --ce, --teacher in-place, or another --strategy"
         )
     text = s.config.test_text
     if text and Path(text).resolve() == Path(str(c.data)).resolve():
@@ -77,7 +78,7 @@ def train(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> dict[str, Tenso
 
     ids: calibration windows; the second moments that reformation needs are taken anew from the trained weights.
     """
-    _sort(s, ids, orders)
+    orders = _sort(s, ids, orders)
     space = space_of_run(s)
 
     def load(path: Path) -> nn.Module:
@@ -115,11 +116,18 @@ def _clear_states(s: Session) -> None:
         remove(path)
 
 
-def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> None:
-    """Most important members first, hidden channels too where sub-networks may drop some; and the order of layers."""
+def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Most important members first, hidden channels too where sub-networks may drop some; and the order of layers.
+
+    Returns the orders that were taken: where `train.sort` is false, those in which everything stays where it is.
+    """
+    if not s.config.train.sort:
+        orders = levels.unsorted(s.model)
     sort_model(s, orders)
 
     def units() -> dict[str, Tensor]:
+        if not s.config.train.sort:
+            return {"hidden": torch.arange(s.whole.hidden), "layers": torch.arange(len(s.whole.layers))}
         with s.progress("order of layers and hidden channels"):
             found = importance.score(s.model, s.family, ids[:8], method="activation")
         hidden = found.order()["hidden"]
@@ -130,23 +138,35 @@ def _sort(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> None:
     s.layer_order = order.pop("layers").tolist()
     if cuts_hidden(space_of_run(s)):
         sort(s.model, s.family, order)
+    return orders
 
 
 def join(s: Session, ids: Tensor, orders: dict[str, Tensor]) -> None:
     """Train beside the first process, which does everything else of the run; `s.run` is only read."""
     from prunus.training.loop import fit
 
-    _sort(s, ids, orders)
-    fit(_job(s, ids, orders, space_of_run(s), s.run.grow("train", "training"))[0])
+    orders = _sort(s, ids, orders)
+    fit(_job(s, ids, orders, space_of_run(s), _folder(s))[0])
+
+
+def _folder(s: Session) -> Path:
+    """Where the training keeps its states: they outlive a change of its own settings, and no change before it."""
+    return s.run.grow("score", "training")
 
 
 def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> nn.Module:
-    from prunus.training.loop import arguments, fit, trainer_steps
+    from prunus.training.loop import arguments, fit, identity, trainer_steps
 
     dtype = next(s.model.parameters()).dtype
-    folder = s.run.grow("train", "training")
+    folder = _folder(s)
     folder.mkdir(exist_ok=True)
+    anew = not s.run.done("pool.json")
     job, pool = _job(s, ids, orders, space, folder)
+    if anew:  # the step was undone on purpose; a training may go on with eased settings, others begin again
+        differs = states.differing(folder, identity(job, launched.processes()))
+        if not differs or {*differs} - {*states.EASED}:
+            for path in folder.glob("checkpoint-*"):
+                remove(path)
     meeting.call()
     with s.progress("training", trainer_steps(job, arguments(job))) as advance:
         job.advance = advance
@@ -160,6 +180,7 @@ def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) 
         {
             "data": Path(str(s.config.train.data)).name, "windows": len(job.windows), "tokens": fitted.tokens,
             "steps": fitted.steps, "seconds": fitted.seconds, "processes": launched.processes(),
+            **({"eased": fitted.eased} if fitted.eased else {}),
             "truncated_rows": job.windows.truncated, "skipped_rows": job.windows.skipped,
             "pool": len(pool.networks), "empty_bins": len(pool.empty), "bins": len(pool.bins),
             "held_out": [row for row in fitted.history if "eval_loss" in row],
@@ -173,6 +194,7 @@ def _job(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space, fo
     from prunus.training.loop import Job
 
     c = s.config.train
+    assert c.drawn is not None
     some, holdout = windows(s)
     pool = _pool(s, ids, orders, space)
     teacher = None
@@ -222,6 +244,7 @@ def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -
                 "random": draws.histogram(space, cost, None, seed=s.config.seed),
                 "pool": draws.histogram(space, cost, found, seed=s.config.seed) if found.networks else [],
                 "least": cost(space.smallest()), "most": cost(space.largest()), "sampler": c.sampler,
+                "empty": found.empty, "bins": len(found.bins), "attempts": found.attempts,
             },
         }  # fmt: skip
 
