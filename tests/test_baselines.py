@@ -87,8 +87,9 @@ def test_the_table() -> None:
     assert {one.kind for one in TABLE.values()} == {"width", "depth", "hidden", "search", "mask"}
     with pytest.raises(UserError, match="did you mean 'slicegpt'"):
         find("slicegtp")
-    with pytest.raises(UserError, match=r"slicegpt cannot serve gpt2.*RMS norms.*serves llama"):
-        TABLE["slicegpt"].run(subject("gpt2"), 0.8)
+    for name in ("gemma2", "gemma3", "olmo2"):
+        with pytest.raises(UserError, match=r"slicegpt cannot serve .*none behind it.*serves llama.*gpt2"):
+            TABLE["slicegpt"].run(subject(name), 0.8)
     with pytest.raises(UserError, match=r"keeps 0\.5 of every matrix"):
         TABLE["mask-wanda-2:4"].run(subject(), 0.8)
     for baseline in TABLE.values():

@@ -406,8 +406,8 @@ def test_what_a_rival_cannot_be_asked() -> None:
     with pytest.raises(UserError, match="has no error curves"):
         rivals.refuse_step(config("generated", method="flap"), "pick")
     rivals.refuse_step(config("generated"), "pick")
-    with pytest.raises(UserError, match="cannot serve gpt2"):
-        rivals.refuse(TABLE["slicegpt"], "gpt2", (0.8,))
+    with pytest.raises(UserError, match="cannot serve olmo2"):
+        rivals.refuse(TABLE["slicegpt"], "olmo2", (0.8,))
 
 
 # ------------------------------------------------------------------------------------------------------------ the door

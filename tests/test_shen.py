@@ -80,6 +80,37 @@ def test_shen_meets_the_constraint_and_improves(target: float, attention: Any) -
     assert found.score.value == min(t.value for t in trials)
 
 
+@pytest.mark.parametrize(("target", "heads", "step"), [(0.8, {8}, 24), (0.7, {8, 6}, 16), (0.5, {8, 6}, 16)])
+def test_ratios_are_rounded_into_the_ranges_of_table_1(target: float, heads: set[int], step: int) -> None:
+    """Of 8 heads in pairs, a ratio of .8 is nearest to 6 (.75) and .6 to 4 (.5), both outside their ranges.
+
+    So is an MLP of 24 in steps of 24, nearest to .4 of 80; and at 50 % the same ratio everywhere, for attention.
+    """
+    space = llama_space(mlp_step=step)
+    record = Record.open(None, space)
+    settings = ShenSettings(
+        20, 10, 6, 4, generations=5, ratio_probability_initial=0.9, ratio_probability=0.9, depth_probability=0.0
+    )
+    window = space.window(blocks, target, slack=0.1)
+    found = shen(space, Toy(space), blocks, window, target=target, record=record, settings=settings)
+    layers = [layer for t in record.trials() for layer in t.subnetwork.layers]
+    assert {layer.kv_heads * layer.q_per_kv for layer in layers} <= heads
+    assert {layer.kv_heads * layer.q_per_kv for layer in found.start.layers} <= heads
+    assert min(layer.mlp for layer in layers) >= ranges_of(target, 4).mlp * 80
+
+
+def test_a_target_that_no_network_inside_the_ranges_meets_leaves_them() -> None:
+    space = llama_space()
+    record = Record.open(None, space)
+    window = space.window(blocks, 0.25, slack=0.05)
+    settings = ShenSettings(20, 10, 6, 4, generations=3)
+    found = shen(space, Toy(space), blocks, window, target=0.25, record=record, settings=settings)
+    assert all(window[0] <= blocks(t.subnetwork) <= window[1] for t in record.trials())
+    assert (
+        max(s.kv_heads * s.q_per_kv for s in found.start.layers) < 0.6 * 8
+    )  # one ratio for all, not a few cut to bits
+
+
 def test_shen_drops_layers_at_low_ratios() -> None:
     space = llama_space(depth=True)
     big = SearchSpace((space.attention[0], *(space.attention[1],) * 11), (space.mlp[1],) * 12, (48,))

@@ -50,8 +50,8 @@ def _collect(subject: Subject) -> Activity:
                 with inputs_of(layer, *writers.values()) as seen:
                     carried[b] = stream.run(i, carried[b])
                 for which, path in writers.items():
-                    x = seen[path].flatten(0, -2).float()
-                    sums[which].append(torch.stack([y.sum(0, dtype=torch.float64) for y in (x, x * x)]))
+                    x = seen[path].flatten(0, -2).double()
+                    sums[which].append(torch.stack([x.sum(0), (x * x).sum(0)]))
                 advance(batch.numel())
             for which, parts in sums.items():
                 first, second = torch.stack(parts).sum(0) / tokens

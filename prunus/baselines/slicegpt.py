@@ -3,14 +3,19 @@
 Before each sub-layer the stream is rotated into the eigenvectors of its second moments (plus 1 % of their mean on the
 diagonal, as the released code has it) and its least directions are cut. A rotated RMS norm without weights is the same
 function, so the rotations go into the matrices that read and write the stream, and the change from one rotation to the
-next becomes a shortcut matrix beside each sub-layer, Q_before^T Q_after, which is counted. Each rotation is computed on
-what the layers that are cut already produce. As in the released code the last MLP's output and the head are not cut.
+next becomes a shortcut matrix beside each sub-layer, Q_before^T Q_after, which is counted. Attention and MLP that read
+the same stream share one. Each rotation is computed on what the layers that are cut already produce. As in the released
+code the last MLP's output and the head are not cut.
 
-Not taken over: the released code subtracts the mean of each embedding, which only a layer norm would undo.
+A layer norm is an RMS norm after the mean is subtracted (their section 3.1): what writes the stream (embeddings, and
+the writers with their biases) writes it without its mean, weights and biases of the norms go into the matrices behind.
+The released code subtracts the embeddings' mean in every family; here only a layer norm's, which would undo it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,13 +24,16 @@ from torch import Tensor, nn
 from prunus.baselines.subject import Outcome, Subject, largest
 from prunus.errors import UserError
 from prunus.models import sliced
+from prunus.models.families import Family, family_of
 from prunus.models.memory import give_back
-from prunus.models.ragged import NoMLP
+from prunus.models.ragged import NoAttention, NoMLP
+from prunus.models.slicing import layers_of
 from prunus.models.stream import LayerStream
-from prunus.scoring.moments import add_products
+from prunus.scoring.moments import add_products, writer_weight
 from prunus.subnetwork import SubNetwork
 
 DAMPING = 0.01  # of the mean of the diagonal; moves no eigenvector
+BIASES = {"opt": "enable_bias", "gpt_neox": "attention_bias"}  # readers need one, for the layer norms' biases
 
 
 def compress(subject: Subject, keep: float) -> Outcome:
@@ -42,6 +50,7 @@ def blank(config: Any, size: int, dtype: torch.dtype) -> Any:
     """An empty network of `size` directions, in evaluation mode."""
     identity = ("model_type", "architectures", "transformers_version")
     kept = {k: v for k, v in config.to_dict().items() if k not in identity}
+    kept |= {BIASES[config.model_type]: True} if config.model_type in BIASES else {}
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     new, _, causal = sliced.CLASSES[f"prunus_sliced_{config.model_type}"]
     small = new(**{**kept, "head_dim": head_dim, "tie_word_embeddings": False, "sliced_size": size})
@@ -53,38 +62,75 @@ def parameters(config: Any, size: int) -> int:
     """Parameters inside the layers of a network of `size` directions."""
     with torch.device("meta"):
         model = blank(config, size, torch.float32)
-    return sum(p.numel() for p in model.base_model.layers.parameters())
+    return sum(p.numel() for p in layers_of(model, family_of(config)).parameters())
 
 
 @torch.no_grad()
 def rotated(subject: Subject, size: int) -> nn.Module:
     """The network with the dense model's weights, rotated and cut, layer after layer."""
-    dense, stream = subject.model, LayerStream(subject.copy(), subject.family)
+    dense, family, own = subject.model, subject.family, subject.copy()
+    if isinstance(dense.get_submodule(family.final_norm), nn.LayerNorm):
+        centre(own, family)
+    stream = LayerStream(own, family)
     small = blank(dense.config, size, next(dense.parameters()).dtype).to(subject.device)
     batches = list(torch.split(subject.ids, subject.micro))
     carried = [stream.embed(batch) for batch in batches]
     before = directions(carried, size)
-    _set(small.base_model.embed_tokens.weight, dense.get_input_embeddings().weight.double() @ before)
-    small.base_model.norm.load_state_dict(dense.base_model.norm.state_dict())
-    _set(small.lm_head.weight, dense.get_output_embeddings().weight)
+    for path, row in family.outer.items():
+        if row.endswith("-> hidden"):
+            _set(small.get_submodule(path).weight, own.get_submodule(path).weight.double() @ before)
+    small.get_submodule(family.final_norm).load_state_dict(dense.get_submodule(family.final_norm).state_dict())
+    small.get_output_embeddings().load_state_dict(dense.get_output_embeddings().state_dict())
     n, tokens = len(stream), subject.ids.numel()
+    *first, last = family.mlp_modules
     with subject.progress("rotations", n * tokens) as advance:
-        for i, module in enumerate(stream.layers):
-            layer: Any = module
-            mlp, layer.mlp = layer.mlp, NoMLP()
-            middle = [stream.run(i, projected(hidden, before)) for hidden in carried]
-            layer.mlp = mlp
-            inside = directions(middle, size)
-            for b, hidden in enumerate(middle):
-                flat = projected(hidden, inside)
-                carried[b] = flat + mlp(layer.post_attention_layernorm(flat))
-                advance(batches[b].numel())
+        for i, (layer, new) in enumerate(zip(stream.layers, layers_of(small, family), strict=True)):
+            inside = before
+            if not new.parallel:
+                with _replaced(layer, {**{path: nn.Identity() for path in first}, last: NoMLP()}):
+                    carried = [stream.run(i, projected(hidden, before)) for hidden in carried]
+                inside = directions(carried, size)
+            with _replaced(layer, {} if new.parallel else {family.attention_module: NoAttention(i)}):
+                for b, hidden in enumerate(carried):
+                    carried[b] = stream.run(i, projected(hidden, inside))
+                    advance(batches[b].numel())
             after = None if i == n - 1 else directions(carried, size)
-            _fill(small.base_model.layers[i], layer, before, inside, after)
+            _fill(new, layer, family, before, inside, after)
             before = inside if after is None else after
             give_back()
     subject.count(tokens)
     return small  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def centre(model: nn.Module, family: Family) -> None:
+    """Subtract its mean over channels from all that is written into the residual stream (**in place**).
+
+    Layer norms do not see that mean, so the function is the same (an output matrix that is tied is not: leave it).
+    """
+    for path, row in family.outer.items():
+        if row.endswith("-> hidden"):
+            table: Any = model.get_submodule(path)
+            _set(table.weight, table.weight.double() - table.weight.double().mean(1, keepdim=True))
+    for layer in layers_of(model, family):
+        for path in (family.attention_writer, family.mlp_writer):
+            weight, bias = writer_weight(layer, path), layer.get_submodule(path).bias
+            _set(weight, weight.double() - weight.double().mean(0, keepdim=True))
+            if isinstance(bias, Tensor):
+                _set(bias, bias.double() - bias.double().mean())
+
+
+@contextmanager
+def _replaced(layer: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Inside the block other modules stand in a layer."""
+    old = {path: layer.get_submodule(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            layer.set_submodule(path, module)
+        yield
+    finally:
+        for path, module in old.items():
+            layer.set_submodule(path, module)
 
 
 def directions(states: list[Tensor], size: int) -> Tensor:
@@ -105,33 +151,47 @@ def projected(hidden: Tensor, basis: Tensor) -> Tensor:
     return hidden @ b @ b.T
 
 
-def _fill(new: Any, layer: Any, before: Tensor, inside: Tensor, after: Tensor | None) -> None:
+def _fill(new: Any, layer: Any, family: Family, before: Tensor, inside: Tensor, after: Tensor | None) -> None:
     """The matrices of one layer; after: None where its output is whole and not rotated."""
-    for reader in (layer.self_attn, layer.mlp):
-        norm, basis = (
-            (layer.input_layernorm, before) if reader is layer.self_attn else (layer.post_attention_layernorm, inside)
-        )
-        twin = new.self_attn if reader is layer.self_attn else new.mlp
-        for name, module in reader.named_modules():
-            own: Any = twin.get_submodule(name)
-            if isinstance(module, nn.Linear) and name not in ("o_proj", "down_proj"):
-                _set(own.weight, module.weight.double() * norm.weight.double() @ basis)
-                if module.bias is not None:
-                    _set(own.bias, module.bias)
-            elif not isinstance(module, nn.Linear):
-                for key, p in module.named_parameters(recurse=False):  # norms of single heads
-                    _set(getattr(own, key), p)
-    _write(new.self_attn.o_proj, layer.self_attn.o_proj, inside)
-    _write(new.mlp.down_proj, layer.mlp.down_proj, after)
-    _set(new.attention_shortcut.weight, (before.T @ inside).T)
+    there = dict(layer.named_modules())
+    shared = [path for path, row in family.block.items() if row == "hidden"]
+    for rows, basis in ((family.attention, before), (family.mlp, inside)):
+        norm = layer.get_submodule(next((path for path, row in rows.items() if row == "hidden"), *shared))
+        for path, row in rows.items():
+            if row.startswith("hidden ->"):
+                _read(new.get_submodule(path), layer.get_submodule(path), norm, basis)
+            elif row != "hidden" and "->" not in row and path in there:  # norms of single heads
+                new.get_submodule(path).load_state_dict(layer.get_submodule(path).state_dict())
+    _write(new, layer, family.attention_writer, after if new.parallel else inside)
+    _write(new, layer, family.mlp_writer, after)
+    if not new.parallel:
+        _set(new.attention_shortcut.weight, (before.T @ inside).T)
     _set(new.mlp_shortcut.weight, inside if after is None else (inside.T @ after).T)
 
 
-def _write(new: nn.Linear, old: nn.Linear, basis: Tensor | None) -> None:
-    weight, bias = old.weight.double(), None if old.bias is None else old.bias.double()
-    _set(new.weight, weight if basis is None else basis.T @ weight)
-    if bias is not None:
-        _set(new.bias, bias if basis is None else basis.T @ bias)
+def _read(new: Any, old: Any, norm: Any, basis: Tensor) -> None:
+    """A matrix that reads the stream, with the weights and the bias of the norm before it."""
+    weight = old.weight.double() if isinstance(old, nn.Linear) else old.weight.double().T
+    bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device) if old.bias is None else old.bias.double()
+    if getattr(norm, "bias", None) is not None:
+        bias = bias + weight @ norm.bias.double()
+    scaled = weight if norm.weight is None else weight * norm.weight.double()
+    _place(new, scaled @ basis, bias)
+
+
+def _write(new: nn.Module, layer: nn.Module, path: str, basis: Tensor | None) -> None:
+    weight, old = writer_weight(layer, path).double(), layer.get_submodule(path).bias
+    bias = old.double() if isinstance(old, Tensor) else weight.new_zeros(len(weight))
+    _place(new.get_submodule(path), *((weight, bias) if basis is None else (basis.T @ weight, basis.T @ bias)))
+
+
+def _place(module: Any, weight: Tensor, bias: Tensor) -> None:
+    """Put a matrix (out, in) and its bias into a module."""
+    _set(module.weight, weight if isinstance(module, nn.Linear) else weight.T)
+    if module.bias is not None:
+        _set(module.bias, bias)
+    else:
+        assert not bool(bias.any()), "a norm's bias needs a bias behind it: see BIASES"
 
 
 def _set(parameter: Tensor, value: Tensor) -> None:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from prunus.baselines.subject import Outcome, Subject
 
 Kind = Literal["width", "depth", "hidden", "search", "mask"]
-ROTATED = ("llama", "mistral", "qwen2", "qwen3", "phi3")  # RMS norms before the sub-layers, nothing behind them
+# norms before the sub-layers, nothing behind them
+ROTATED = ("llama", "mistral", "qwen2", "qwen3", "phi3", "phi", "gpt_neox", "opt", "gpt2")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ _ALL = (
     Baseline(
         "slicegpt", "slicegpt", "PCA rotation of the residual stream, its least directions cut",
         "Ashkboos et al. 2024, arXiv:2401.15024", "hidden", model_types=ROTATED,
-        because="its rotation needs RMS norms before each sub-layer and none behind it, so that a rotated residual "
+        because="its rotation needs a norm before each sub-layer and none behind it, so that a rotated residual "
         "stream is the same function",
     ),
     Baseline("shortgpt", "shortgpt", "layers of least influence leave", "Men et al. 2024, arXiv:2403.03853", "depth"),

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from prunus.errors import UserError
-from prunus.searching.moves import Floats, Prices, Window, settle
+from prunus.searching.moves import Floats, Mask, Prices, Window, settle
 from prunus.searching.search import Found
 from prunus.searching.space import Cost, SearchSpace
 from prunus.searching.study import Judged, Ledger, Objective, Record, Tell
@@ -34,6 +34,7 @@ RANGES: Mapping[float, tuple[float, float, Mapping[int, tuple[int, int]]]] = {
     0.5: (0.6, 0.1, {12: (8, 12), 24: (16, 24), 32: (28, 32), 40: (32, 40), 60: (52, 60), 80: (72, 80)}),
 }
 ATTENTION_STEP, MLP_STEP = 0.01, 0.05  # of table 1's ratios
+SETTLINGS = 4  # times to try to meet the constraint: settling is random
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class _Evolution:
         share = self.shares()
         least = np.where(self.prices.is_mlp, self.ranges.mlp, self.ranges.attention)
         self.inside, self.present = share >= least - 1e-9, share > 0
+        self.allowed: tuple[Mask, ...] = (self.inside,)  # widths to settle with, in this order
         self.n = [(s.kv_heads, s.q_per_kv, s.mlp) for s in whole]  # units of every layer
         self.heads = [[h for h in options if h != (0, 0)] for options in space.attention]
         self.widths = [[w for w in options if w] for options in space.mlp]
@@ -245,22 +247,35 @@ class _Evolution:
     # ------------------------------------------------------------------------------------------ individuals
 
     def initial(self) -> Genes:
-        """The same inheriting ratio in every block, the most important units kept; the constraint met by settling."""
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            ratio = (low + high) / 2
-            genes = self.prefix(ratio)
-            low, high = (ratio, high) if self.cost_of(genes) <= self.budget[1] else (low, ratio)
-        met = self.meet(self.prefix(low)) or self.meet(self.prefix(high))
-        if met is None:
-            raise UserError(
-                f"no network of {self.space.n_layers} layers costs {self.budget[0]:.6g} to {self.budget[1]:.6g} in "
-                "this space; widen the window or make the steps of the space finer"
-            )
-        return met
+        """The same inheriting ratio in every block, the most important units kept; the constraint met by settling.
 
-    def prefix(self, ratio: float) -> Genes:
-        shapes = [(*self.nearest_heads(i, ratio), self.nearest_width(i, ratio)) for i in range(self.space.n_layers)]
+        Inside table 1's ranges if that is possible; all that follow are then, too.
+        """
+        everything = replace(self.ranges, attention=0.0, mlp=0.0)
+        for ranges, allowed in ((self.ranges, (self.inside,)), (everything, (self.inside, self.present))):
+            self.allowed = allowed
+            low, high = 0.0, 1.0
+            if self.cost_of(self.prefix(low, ranges)) > self.budget[1]:
+                continue
+            for _ in range(40):
+                ratio = (low + high) / 2
+                genes = self.prefix(ratio, ranges)
+                low, high = (ratio, high) if self.cost_of(genes) <= self.budget[1] else (low, ratio)
+            met = self.meet(self.prefix(low, ranges)) or self.meet(self.prefix(high, ranges))
+            if met is not None:
+                return met
+        raise UserError(
+            f"no network of {self.space.n_layers} layers costs {self.budget[0]:.6g} to {self.budget[1]:.6g} in "
+            "this space; widen the window or make the steps of the space finer"
+        )
+
+    def prefix(self, ratio: float, ranges: Ranges) -> Genes:
+        """A ratio for every block, raised to the least of its range."""
+        attention, mlp = max(ratio, ranges.attention), max(ratio, ranges.mlp)
+        shapes = [
+            (*self.nearest_heads(i, attention, ranges), self.nearest_width(i, mlp, ranges))
+            for i in range(self.space.n_layers)
+        ]
         masks = [[tuple(range(shape[unit])) for shape in shapes] for unit in range(3)]
         return Genes(self.space.n_layers, tuple(masks[0]), tuple(masks[1]), tuple(masks[2]))
 
@@ -279,9 +294,9 @@ class _Evolution:
         for i, (n_groups, n_slots, n_mlp) in enumerate(self.n):
             kv, q, width = len(parent.groups[i]), len(parent.slots[i]), len(parent.mlp[i])
             if rng.random() < ratio_p:
-                kv, q = self.nearest_heads(i, _ratio(self.ranges.attention, ATTENTION_STEP, rng))
+                kv, q = self.nearest_heads(i, _ratio(self.ranges.attention, ATTENTION_STEP, rng), self.ranges)
             if rng.random() < ratio_p:
-                width = self.nearest_width(i, _ratio(self.ranges.mlp, MLP_STEP, rng))
+                width = self.nearest_width(i, _ratio(self.ranges.mlp, MLP_STEP, rng), self.ranges)
             groups.append(mutate_mask(parent.groups[i], kv, n_groups, mask_p, self.s, rng))
             slots.append(mutate_mask(parent.slots[i], q, n_slots, mask_p, self.s, rng))
             mlp.append(mutate_mask(parent.mlp[i], width, n_mlp, mask_p, self.s, rng))
@@ -304,13 +319,14 @@ class _Evolution:
     # ------------------------------------------------------------------------------------------ constraint
 
     def meet(self, genes: Genes) -> Genes | None:
-        """Change as few widths as possible until the constraint holds: inside table 1's ranges if that is possible."""
+        """Change as few widths as possible until the constraint holds, first to such as are allowed first."""
         levels = self.space.levels(self.sub_of(genes))
         gone = np.isin(self.prices.gene, [g for i in self.order[genes.depth :] for g in (2 * i, 2 * i + 1)])
-        for allowed in (self.inside, self.present):
-            settled = settle(self.prices, levels, self.budget, self.rng, allowed & ~gone)
-            if settled is not None:
-                return self.resized(genes, self.space.build(settled))
+        for allowed in self.allowed:
+            for _ in range(SETTLINGS):
+                settled = settle(self.prices, levels, self.budget, self.rng, allowed & ~gone)
+                if settled is not None:
+                    return self.resized(genes, self.space.build(settled))
         return None
 
     def shares(self) -> Floats:
@@ -353,13 +369,16 @@ class _Evolution:
         plain = all(k == LayerKept() for k in kept)
         return SubNetwork(self.space.hidden[0], tuple(shapes), () if plain else tuple(kept))
 
-    def nearest_heads(self, layer: int, ratio: float) -> tuple[int, int]:
-        """The (KV groups, heads per group) whose share of the layer's heads is nearest to a ratio."""
+    def nearest_heads(self, layer: int, ratio: float, ranges: Ranges) -> tuple[int, int]:
+        """The (KV groups, heads per group) inside a range whose share of the layer's heads is nearest to a ratio."""
         whole = self.n[layer][0] * self.n[layer][1]
-        return min(self.heads[layer], key=lambda h: (abs(h[0] * h[1] / whole - ratio), -h[0]))
+        inside = [h for h in self.heads[layer] if h[0] * h[1] >= ranges.attention * whole - 1e-9]
+        return min(inside, key=lambda h: (abs(h[0] * h[1] / whole - ratio), -h[0]))
 
-    def nearest_width(self, layer: int, ratio: float) -> int:
-        return min(self.widths[layer], key=lambda w: abs(w - ratio * self.n[layer][2]))
+    def nearest_width(self, layer: int, ratio: float, ranges: Ranges) -> int:
+        whole = self.n[layer][2]
+        inside = [w for w in self.widths[layer] if w >= ranges.mlp * whole - 1e-9]
+        return min(inside, key=lambda w: abs(w - ratio * whole))
 
 
 def _ratio(least: float, step: float, rng: random.Random) -> float:
