@@ -1,7 +1,7 @@
 """Does our ShortGPT judge layers as optipfair does, on the same tokens? And how good are optipfair's own neurons?
 
     pip install optipfair
-    python benchmarks/peers/agree_optipfair.py MODEL --calibration FILE --text FILE --keep 0.8 [--json FILE]
+    python benchmarks/peers/agree_optipfair.py MODEL --calibration FILE --text FILE --keep 0.8
 
 optipfair's analyze_layer_importance is 1 - the mean cosine of a layer's input and output over tokens: block influence.
 Its prune_model cuts the neurons of gated MLPs by the peak-to-peak magnitude of their weights, which is none of our
@@ -10,44 +10,43 @@ rivals; its perplexity is taken at the width that leaves the same share of the b
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
+from typing import Any
 
 import optipfair
+import parts
 
 from prunus.baselines.shortgpt import influence
 from prunus.baselines.subject import Subject, leavers
+from prunus.baselines.table import find
 from prunus.evaluation import parameters, perplexity, text_ids
-from prunus.machine import environment, words
 from prunus.models import costs
 from prunus.models.loading import load
 from prunus.subnetwork import LayerShape, SubNetwork
-from prunus.texts.calibration import calibration_tokens
+
+COLUMNS = [
+    ["peer", "peer", ""],
+    ["largest_difference", "largest difference of a layer's influence", ".1e"],
+    ["largest", "largest influence", ".2f"],
+    ["dropped", "layers that leave", "d"],
+    ["dropped_by_both", "by both", "d"],
+]
+NETWORKS = [
+    ["what", "method", ""],
+    ["kept", "kept of the blocks", ".1%"],
+    ["perplexity", "perplexity", ".2f"],
+]
 
 
 def main() -> int:
     """Compare the scores, measure the other's network, print and write both."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
+    parser = parts.parser(__doc__, samples=8, length=1024)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, nargs=2, default=(2048, 5), help="tokens in a test window, windows")
     parser.add_argument("--keep", type=float, default=0.8)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     loaded = load(options.model, dtype="float32")
-    ids = calibration_tokens(
-        options.calibration,
-        loaded.tokenizer,
-        samples=options.samples,
-        length=options.length,
-        seed=0,
-        model=loaded.model,
-    )
+    ids = parts.tokens(options, loaded)
     subject = Subject(loaded.model, ids)
     ours = influence(subject)
     batches = [{"input_ids": window} for window in ids.split(1)]
@@ -62,29 +61,44 @@ def main() -> int:
         return costs.parameters(subject.layout, SubNetwork(subject.whole.hidden, (shape,) * len(ours)))
 
     width = max(w for w in range(1, whole.mlp + 1) if cost(w) <= subject.budget(options.keep))
-    small = optipfair.prune_model(
+    networks: dict[str, Any] = {}
+    for method in ("magnitude", "shortgpt"):
+        networks[f"{method}, ours"] = find(method).run(subject, options.keep).model
+    networks["MAW, optipfair's"] = optipfair.prune_model(  # changes the model itself
         loaded.model,
         pruning_percentage=100 * (1 - width / whole.mlp),
         neuron_selection_method="MAW",
         show_progress=False,
     )
     length, windows = options.windows
-    score = perplexity(small, text_ids(options.text, loaded.tokenizer), length=length, chunks=windows)
-    found = {
-        "peer": f"optipfair {optipfair.__version__}",
-        "largest_difference": max(abs(float(ours[i]) - theirs[i]) for i in theirs),
-        "least_important": least,
-        "pruned": {
-            "width": small.config.intermediate_size,
-            "blocks": parameters(small)["blocks"],
-            "perplexity": score.ppl,
+    text = text_ids(options.text, loaded.tokenizer)
+    rows = [
+        {
+            "kind": "score",
+            "peer": f"optipfair {optipfair.__version__}",
+            "largest_difference": max(abs(float(ours[i]) - theirs[i]) for i in theirs),
+            "largest": max(theirs.values()),
+            "dropped": n,
+            "dropped_by_both": len(set(least["ours"]) & set(least["theirs"])),
+            "least_important": least,
         },
-        "machine": words(),
-        "versions": environment(),
+        *(
+            {
+                "kind": "network",
+                "what": name,
+                "kept": parameters(network)["blocks"] / subject.blocks,
+                "perplexity": perplexity(network, text, length=length, chunks=windows).ppl,
+            }
+            for name, network in networks.items()
+        ),
+    ]
+    note = f"ShortGPT's block influence, {options.samples} windows of {options.length} tokens, float32."
+    shown = f"Perplexity, first {windows} windows of {length} tokens; calibrated as above where a method is."
+    views = {
+        "optipfair": {"where": {"kind": "score"}, "columns": COLUMNS, "note": note},
+        "optipfair-networks": {"where": {"kind": "network"}, "columns": NETWORKS, "note": shown},
     }
-    print(json.dumps(found, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    parts.write(options.results, "optipfair", rows, views)
     return 0
 
 

@@ -1,7 +1,7 @@
 """Does our LLM-Pruner judge neurons as Torch-Pruning's dependency graph does, with the same gradients?
 
     pip install torch-pruning
-    python benchmarks/peers/agree_torch_pruning.py MODEL --calibration FILE --keep 0.8 [--json FILE]
+    python benchmarks/peers/agree_torch_pruning.py MODEL --calibration FILE --keep 0.8
 
 LLM-Pruner is built on Torch-Pruning. Its graph couples gate, up and down projection of each MLP by itself; its
 GroupTaylorImportance on that group, summed, must equal our importance (`param_first`; `vector` with `multivariable`),
@@ -10,20 +10,26 @@ and the neurons kept at the share must be the same ones.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
+import parts
 import torch
 import torch_pruning as tp
 
 from prunus.baselines import llm_pruner
 from prunus.baselines.subject import Subject, best, even_widths
-from prunus.machine import environment, words
 from prunus.models.loading import load
-from prunus.texts.calibration import calibration_tokens
+
+COLUMNS = [
+    ["peer", "peer", ""],
+    ["score", "Taylor importance", ""],
+    ["largest_relative_difference", "largest difference, of the layer's largest score", ".1e"],
+    ["neurons", "neurons of a layer", "d"],
+    ["kept", "kept", "d"],
+    ["kept_by_both", "by both", "d"],
+]
 
 
 def theirs(model: Any, gradients: llm_pruner.Gradients, vector: bool) -> torch.Tensor:
@@ -46,23 +52,11 @@ def theirs(model: Any, gradients: llm_pruner.Gradients, vector: bool) -> torch.T
 
 def main() -> int:
     """Compare both scores, print and write how far they agree."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--samples", type=int, default=10)
-    parser.add_argument("--length", type=int, default=64)
+    parser = parts.parser(__doc__, samples=10, length=64)
     parser.add_argument("--keep", type=float, default=0.8)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     loaded = load(options.model, dtype="float32")
-    ids = calibration_tokens(
-        options.calibration,
-        loaded.tokenizer,
-        samples=options.samples,
-        length=options.length,
-        seed=0,
-        model=loaded.model,
-    )
+    ids = parts.tokens(options, loaded)
     subject = Subject(loaded.model, ids, gradient_windows=options.samples)
     gradients = subject.once("gradients", lambda: llm_pruner.gradients(subject))
     _, width = even_widths(subject, options.keep)
@@ -73,16 +67,19 @@ def main() -> int:
         pairs = [(set(best(a, width).tolist()), set(best(b, width).tolist())) for a, b in zip(ours, peer, strict=True)]
         rows.append(
             {
+                "peer": f"torch-pruning {version('torch-pruning')}",
                 "score": taylor,
                 "largest_relative_difference": float(((ours - peer).abs() / peer.abs().amax(1, keepdim=True)).max()),
+                "neurons": subject.whole.layers[0].mlp,
                 "kept": width,
                 "kept_by_both": min(len(a & b) for a, b in pairs),
             }
         )
-    found = {"peer": f"torch-pruning {tp.__version__}", "rows": rows, "machine": words(), "versions": environment()}
-    print(json.dumps(found, indent=1))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    note = (
+        f"Gradients of {options.samples} windows of {options.length} tokens, float32; "
+        f"{100 * options.keep:g} % of the blocks kept. The fewest of any layer."
+    )
+    parts.write(options.results, "torch-pruning", rows, {"torch-pruning": {"columns": COLUMNS, "note": note}})
     return 0
 
 
