@@ -15,8 +15,8 @@ from prunus.machine import environment, words
 
 def typed() -> str:
     """The command line of this process, without the folders of one machine."""
-    script = Path(sys.argv[0]).name
-    return shlex.join(["python", f"benchmarks/{script}", *(re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:])])
+    script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
+    return shlex.join(["python", str(script), *(re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:])])
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], views: Mapping[str, Any], **more: Any) -> None:

@@ -17,7 +17,7 @@ import optipfair
 import parts
 
 from prunus.baselines.shortgpt import influence
-from prunus.baselines.subject import Subject, leavers
+from prunus.baselines.subject import Subject, largest, leavers
 from prunus.baselines.table import find
 from prunus.evaluation import parameters, perplexity, text_ids
 from prunus.models import costs
@@ -38,6 +38,29 @@ NETWORKS = [
 ]
 
 
+def made(model: Any, subject: Subject, keep: float) -> dict[str, Any]:
+    """Two networks of ours and optipfair's, which changes the model itself (**in place**)."""
+    networks: dict[str, Any] = {
+        f"{name}, ours": find(name).run(subject, keep).model for name in ("magnitude", "shortgpt")
+    }
+    whole, n = subject.whole.layers[0], len(subject.whole.layers)
+
+    def fits(width: int) -> bool:
+        shape = LayerShape(whole.kv_heads, whole.q_per_kv, width)
+        sub = SubNetwork(subject.whole.hidden, (shape,) * n)
+        return costs.parameters(subject.layout, sub) <= subject.budget(keep)
+
+    width = largest(fits, whole.mlp)
+    assert width is not None
+    networks["MAW, optipfair's"] = optipfair.prune_model(
+        model,
+        pruning_percentage=100 * (1 - width / whole.mlp),
+        neuron_selection_method="MAW",
+        show_progress=False,
+    )
+    return networks
+
+
 def main() -> int:
     """Compare the scores, measure the other's network, print and write both."""
     parser = parts.parser(__doc__, samples=8, length=1024)
@@ -54,22 +77,7 @@ def main() -> int:
     n = leavers(subject, options.keep)
     layers = range(len(ours))
     least = {"ours": sorted(layers, key=lambda i: ours[i])[:n], "theirs": sorted(layers, key=lambda i: theirs[i])[:n]}
-    whole = subject.whole.layers[0]
-
-    def cost(width: int) -> int:
-        shape = LayerShape(whole.kv_heads, whole.q_per_kv, width)
-        return costs.parameters(subject.layout, SubNetwork(subject.whole.hidden, (shape,) * len(ours)))
-
-    width = max(w for w in range(1, whole.mlp + 1) if cost(w) <= subject.budget(options.keep))
-    networks: dict[str, Any] = {}
-    for method in ("magnitude", "shortgpt"):
-        networks[f"{method}, ours"] = find(method).run(subject, options.keep).model
-    networks["MAW, optipfair's"] = optipfair.prune_model(  # changes the model itself
-        loaded.model,
-        pruning_percentage=100 * (1 - width / whole.mlp),
-        neuron_selection_method="MAW",
-        show_progress=False,
-    )
+    networks = made(loaded.model, subject, options.keep)
     length, windows = options.windows
     text = text_ids(options.text, loaded.tokenizer)
     rows = [

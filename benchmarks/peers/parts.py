@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prunus.config import CalibrationConfig
-from prunus.machine import environment, words
 from prunus.texts.calibration import calibration_tokens, split
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers.json"
+BENCHMARKS = Path(__file__).resolve().parents[1]
+sys.path.append(str(BENCHMARKS))
+import record  # noqa: E402  the folder above
+
+RESULTS = BENCHMARKS / "results" / "peers.json"
 
 
 def parser(description: str | None, samples: int, length: int) -> argparse.ArgumentParser:
@@ -43,25 +44,13 @@ def tokens(options: argparse.Namespace, loaded: Any) -> Any:
     return split(ids, holdout)[0]
 
 
-def typed() -> str:
-    """The command line of this process, without the folders of one machine."""
-    script = Path(sys.argv[0]).name
-    return shlex.join(["python", f"benchmarks/peers/{script}", *(re.sub(r"[^=;\s]*/", "", a) for a in sys.argv[1:])])
-
-
 def write(path: Path, part: str, rows: Sequence[Mapping[str, Any]], views: Mapping[str, Mapping[str, Any]]) -> None:
     """Replace a part: its rows, and its views, which show no other rows."""
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"commands": {}, "rows": [], "views": {}}
-    commands = {**old["commands"], part: typed()}
+    commands = {**old["commands"], part: record.typed()}
     own = [{"part": part, **row} for row in rows]
     shown = {name: {**view, "where": {"part": part, **view.get("where", {})}} for name, view in views.items()}
-    found = {
-        "command": "; ".join(commands.values()),
-        "machine": words(),
-        "versions": environment(),
-        "commands": commands,
-        "rows": [*(row for row in old["rows"] if row["part"] != part), *own],
-        "views": {**old["views"], **shown},
-    }
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    rows = [*(row for row in old["rows"] if row["part"] != part), *own]
+    more = {"command": "; ".join(commands.values()), "commands": commands}
+    record.write(path, rows, {**old["views"], **shown}, **more)
     print(json.dumps(own, indent=1))
