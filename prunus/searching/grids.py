@@ -115,7 +115,8 @@ def along(space: Space, share: float) -> SubNetwork:
     """
     if share == 1:
         return space.largest()
-    return space.build([_nearest(gene.options, share) for gene in space.genes])
+    nearest = {options: _nearest(options, share) for options in {gene.options for gene in space.genes}}
+    return space.build([nearest[gene.options] for gene in space.genes])
 
 
 def _nearest(options: Sequence[Any], share: float) -> int:
