@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,19 @@ def figures(s: Session, p: Prepared, name: str, sub: SubNetwork, weights: Overri
     found["kl_se"] = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     small = extract(s.model, s.family, sub, weights, uniform=True if s.config.uniform else None)
     found |= judged(s, small)
-    speed = compare_speed(s.model, small)
-    found |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
+    found |= timed(s.model, small)
     if s.timetable is not None:
-        timed = runtimes.compare(s.model, small, s.config.budget)
-        found |= {"measured_ms": timed["request_ms"], "measured_speedup": timed["speedup"]}
-        found["measured_tps"] = 1000 * s.request.batch / timed["token_ms"]
+        request = runtimes.compare(s.model, small, s.config.budget)
+        found |= {"measured_ms": request["request_ms"], "measured_speedup": request["speedup"]}
+        found["measured_tps"] = 1000 * s.request.batch / request["token_ms"]
     return found
+
+
+def timed(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
+    """How fast a network is, in turns with the dense model: ratios, and tokens per second of both on this machine."""
+    speed = compare_speed(dense, small)
+    ratios = {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
+    return {**ratios, "speed": asdict(speed), "timed_on": machine.words()}
 
 
 def measure_dense(s: Session) -> Network:

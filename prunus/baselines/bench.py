@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus import pipeline
+from prunus import describe, pipeline
 from prunus.baselines import benchpages, rivals
 from prunus.baselines.subject import Outcome, Spent, Subject
 from prunus.baselines.table import OURS, TABLE, find, names
 from prunus.config import CompressConfig, flatten, settings
 from prunus.errors import UserError
-from prunus.evaluation import compare_speed, fingerprint, parameters, perplexity, shapes, text_ids
+from prunus.evaluation import fingerprint, parameters, perplexity, shapes, text_ids
 from prunus.machine import environment, words
 from prunus.models import loading
 from prunus.models.checkpoint import verify
@@ -42,6 +42,7 @@ DENSE = "dense"
 UNREAD = ("keep", "method", "test_text", "test_length", "test_chunks", "front")  # settings that nothing here reads
 TYPED = (*UNREAD, "model", "seed", "dtype", *(f"calibration.{key}" for key in ("source", "samples", "length")))
 MEASURED = ("perplexity", "ppl", "finite", "task", "shapes", "prefill", "decode", "speed", "timed")  # keys of a row
+SPEED = ("prefill_speedup", "decode_speedup", "speed")
 METHOD_STEPS = ("calibrate", "score", "reform", "search", "extract")  # of a run of ours: what its network took
 
 
@@ -294,11 +295,14 @@ class _Bench:
             "device": str(self.device),
         }
 
-    def measured(self, model: nn.Module, structured: bool = True) -> dict[str, Any]:
+    def measured(
+        self, model: nn.Module, structured: bool = True, run: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
         """Perplexities, task scores and speed of one network. ppl2048 and the like are of the first text.
 
         A mask leaves the dense model's shapes and so its speed, which is not timed again; of several networks with the
         same shapes the first is timed. Two methods may end at the same network, which is measured once.
+        run: what the run that made the network wrote of it; its time serves, too.
         """
         same = {"fingerprint": fingerprint(model)}
         if row := self.earlier(same):
@@ -321,18 +325,18 @@ class _Bench:
             errors = [one["se"] for one in scores.values()]
             found["task_mean_se"] = None if None in errors else math.hypot(*errors) / len(errors)
         if self.plan.speed and structured and model is not self.model:
-            found |= self.timed(model)
+            found |= self.timed(model, run)
         return found
 
-    def timed(self, model: nn.Module) -> dict[str, Any]:
-        """The speed of a network: of one of its shapes in an earlier row of the same machine, else measured."""
+    def timed(self, model: nn.Module, run: Mapping[str, Any]) -> dict[str, Any]:
+        """The speed of a network: of its shapes in an earlier row, or of its run, on this machine; else measured."""
         own: dict[str, Any] = {"shapes": shapes(model)}
         if (row := self.earlier(own)) and "speed" in row:
-            known = {key: row[key] for key in ("prefill_speedup", "decode_speedup", "speed")}
+            known = {key: row[key] for key in SPEED}
             return {**own, **known, "timed_with": row.get("timed_with", f"{row['method']}, {row['kept']:.0%}")}
-        speed = compare_speed(self.model, model)
-        own |= {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode, "speed": asdict(speed)}
-        return own
+        if run.get("timed_on") != words():
+            run = describe.timed(self.model, model)
+        return own | {key: run[key] for key in SPEED}
 
     def earlier(self, own: Mapping[str, Any]) -> dict[str, Any] | None:
         """A row that is there already, of this machine, with what is given."""
@@ -427,7 +431,8 @@ class _Source:
         layers = SubNetwork.from_json(_manifest_subnetwork(folder / network["path"]))
         note = f"one run for {len(keeps)} shares: its cost is that of all of them"
         found = _described(Outcome(small.model, layers, (note,)), spent, b.loaded)
-        return {"done": True, **found, "structured": True, **b.measured(small.model)}
+        written = load_json(folder / "evaluation" / f"keep-{keep:g}.json")
+        return {"done": True, **found, "structured": True, **b.measured(small.model, run=written)}
 
 
 def _manifest_subnetwork(path: Path) -> str:

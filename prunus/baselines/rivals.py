@@ -16,7 +16,7 @@ from prunus.baselines.subject import Outcome, Subject
 from prunus.baselines.table import OURS, Baseline, find
 from prunus.config import CompressConfig
 from prunus.errors import UserError
-from prunus.evaluation import compare_speed, kl_divergence, parameters
+from prunus.evaluation import kl_divergence, parameters
 from prunus.models import checkpoint, costs, loading
 from prunus.models.families import family_of
 from prunus.progress import Progress
@@ -139,8 +139,7 @@ def figures(s: Session, name: str, outcome: Outcome, holdout: Tensor) -> dict[st
     if not math.isfinite(found["kl_nats"]):
         raise UserError(f"{name}: the network gives no finite divergence; use --dtype float32")
     found |= describe.judged(s, model)
-    speed = compare_speed(s.model, model)
-    return found | {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
+    return found | describe.timed(s.model, model)
 
 
 def sizes(outcome: Outcome, dense: nn.Module, width: int) -> dict[str, Any]:
