@@ -2,8 +2,8 @@
 
 A block between `<!-- results:NAME -->` and `<!-- /results:NAME -->` is replaced by the view NAME: `FILE` or `FILE.VIEW`
 of benchmarks/results/FILE.json. `--check` changes nothing and exits with 1 if a block is not what the files say.
-The format of a results file is described in benchmarks/README.md. The pictures of `prunus bench` are drawn too, from
-the same files (`PICTURES`), into docs/pictures.
+The format of a results file is described in benchmarks/README.md. The pictures of `prunus bench` (`PICTURES`) and of
+training (trained.py) are drawn too, from the same files, into docs/pictures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import trained
 from matplotlib.figure import Figure
 
 from prunus.baselines import benchpages
@@ -81,8 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not options.check:
                 path.write_text(new, encoding="utf-8")
     if not options.check and options.root == ROOT:
-        for name in PICTURES:
-            drawn = picture(name, ROOT / "benchmarks" / "results")
+        results = ROOT / "benchmarks" / "results"
+        drawings = {name: picture(name, results) for name in PICTURES} | {"trained": trained.picture(results)}
+        for name, drawn in drawings.items():
             _, svg = pictures.save(drawn, ROOT / "docs" / "pictures" / name)
             svg.unlink()  # pages show the PNG
     for name in stale:
