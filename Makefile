@@ -14,6 +14,10 @@ MAKEFLAGS += --jobs=2
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
+# pip leaves compiling to the first import (--no-compile). Where this is set, as in many containers, every process would
+# compile torch and transformers again: 14 seconds, and the tests start dozens.
+unexport PYTHONDONTWRITEBYTECODE
+
 DEMO_OUT   ?= runs/demo
 DEMO_FLAGS ?= --keep 0.9 0.7 0.5 --dtype bfloat16 --calibration generated --samples 24 --length 512 --generations 1 --set calibration.holdout=6
 
