@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.commands.launch import launch_command_parser
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
@@ -129,6 +132,20 @@ def test_sharding_that_cannot_serve_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=words):
             refuse_sharded(refused, slices=slices)
+
+
+def test_the_configurations_of_the_documentation_are_accelerates() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    known = {action.dest for action in launch_command_parser()._actions}
+    found = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)]
+    plugins = []
+    for one in found:
+        ClusterConfig(**ClusterConfig.process_config(dict(one)))  # raises for a key that it does not have
+        plugins.append(one.get("deepspeed_config") or one["fsdp_config"])
+        assert plugins[-1].keys() <= known
+    deepspeed, sharded = plugins
+    refuse_sharded(Some(deepspeed_plugin=Some(**deepspeed)), slices=True)
+    refuse_sharded(Some(fsdp_plugin=Some(**sharded)), slices=False)
 
 
 @pytest.fixture
