@@ -138,7 +138,11 @@ def evaluate(checkpoint: str, against: str | None, join: Join, speed: bool, **pa
     terminal = Terminal(parameters["quiet"])
     from prunus.evaluation import evaluate
     from prunus.models.loading import load
+    from prunus.tasks import asked_for, evaluate_tasks, manager_of
 
+    if parameters["tasks"]:  # what cannot be asked is refused before anything is measured
+        asked = asked_for(" ".join(parameters["tasks"]).replace(",", " ").split(), parameters["shots"])
+        manager_of(asked, parameters["tasks_path"])
     calm_libraries()
     loaded = load(
         checkpoint,
@@ -173,9 +177,6 @@ def evaluate(checkpoint: str, against: str | None, join: Join, speed: bool, **pa
                 progress=_steps(advance),
             )
     if parameters["tasks"]:
-        from prunus.tasks import asked_for, evaluate_tasks
-
-        asked = asked_for(" ".join(parameters["tasks"]).replace(",", " ").split(), parameters["shots"])
         with terminal.progress()("tasks", len(asked)) as advance:
             found |= evaluate_tasks(
                 loaded.model, loaded.tokenizer, asked, path=parameters["tasks_path"], limit=parameters["limit"],

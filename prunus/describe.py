@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunus import machine
 from prunus.choosing import open_record
 from prunus.errors import UserError
-from prunus.evaluation import compare_speed, perplexity, text_ids
+from prunus.evaluation import chunked, compare_speed, perplexity, text_ids
 from prunus.finishing import holdout_nats
 from prunus.models import costs
 from prunus.models.families import dims
@@ -30,6 +30,7 @@ from prunus.timing import runtimes
 
 PROMPT = "The history of the city begins"
 SAMPLE_TOKENS = 60
+PROMPT_TOKENS, TIMED_TOKENS = 256, 16  # that speed is measured with: read at once, written one by one
 
 
 def network(s: Session, name: str, sub: SubNetwork) -> Network:
@@ -92,7 +93,9 @@ def figures(s: Session, p: Prepared, name: str, sub: SubNetwork, weights: Overri
 
 def timed(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
     """How fast a network is, in turns with the dense model: ratios, and tokens per second of both on this machine."""
-    speed = compare_speed(dense, small)
+    config: Any = dense.config
+    room = int(getattr(config, "max_position_embeddings", None) or PROMPT_TOKENS + TIMED_TOKENS)
+    speed = compare_speed(dense, small, prompt=min(PROMPT_TOKENS, room - TIMED_TOKENS), generate=TIMED_TOKENS)
     ratios = {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
     return {**ratios, "speed": asdict(speed), "timed_on": machine.words()}
 
@@ -104,6 +107,13 @@ def measure_dense(s: Session) -> Network:
             "evaluate", "evaluation/dense.json", lambda: {**network(s, "dense", s.whole), **judged(s, s.model)}
         )
     return _as_network(found)
+
+
+def check_text(s: Session) -> None:
+    """Refuse a text to score on that cannot be read, is too short, or has windows longer than the model's positions."""
+    c = s.config
+    if c.test_text and not s.run.done("evaluation/dense.json"):
+        chunked(s.model, text_ids(c.test_text, s.tokenizer), c.test_length, c.test_chunks)
 
 
 def judged(s: Session, model: nn.Module) -> dict[str, Any]:
@@ -145,17 +155,18 @@ def card(s: Session, name: str, found: Network, dense: Network, license_name: st
         ("kept of all parameters", "100 %", f"{100 * found['kept_all']:.2f} %"),
         ("weights, MB", f"{dense['n_bytes'] / 1e6:.1f}", f"{found['n_bytes'] / 1e6:.1f}"),
     ]
-    far = "divergence from the original, nats per token"
+    far = f"divergence from the {'trained full network' if s.tier else 'original'}, nats per token"
     for key, how in (("kl_nats", ""), ("predicted_kl_nats", ", predicted")):
         if (nats := found.get(key)) is not None:
             rows.append((far + how, "0", f"{nats:.4f}"))
     for text, value in found.get("perplexity", {}).items():
-        rows.append((f"perplexity ({text})", f"{dense['perplexity'][text]:.2f}", f"{value:.2f}"))
+        whole = dense.get("perplexity", {}).get(text)
+        rows.append((f"perplexity ({text})", "–" if whole is None else f"{whole:.2f}", f"{value:.2f}"))
     for axis, title in TITLES.items():
         if axis in found.get("in_front", {}):
             how = ", with one-shot weights" if axis in MEASURED else ""
-            whole, own = (float(one["in_front"][axis][0]) for one in (dense, found))
-            rows.append((f"{title}, in the front{how}", _exact(whole), _exact(own)))
+            theirs, own = (float(one["in_front"][axis][0]) for one in (dense, found))
+            rows.append((f"{title}, in the front{how}", _exact(theirs), _exact(own)))
     speed = [("prefill", found.get("prefill_speedup")), ("decoding", found.get("decode_speedup"))]
     rows += [(f"{what}, speed on the machine that made it", "1.00 x", f"{v:.2f} x") for what, v in speed if v]
     table = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in rows)

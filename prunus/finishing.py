@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunus.models import checkpoint
+from prunus.models import checkpoint, costs, memory
 from prunus.models.slicing import Override, extract
+from prunus.recording.artefact import load_tensors
 from prunus.reforming import sequential
 from prunus.steps import MICRO, Prepared, Session, openings
 from prunus.subnetwork import SubNetwork
@@ -20,23 +21,42 @@ COMPARED = 4  # held-out windows, the last ones, on which a whole network is com
 JUDGED, SHORT = 4, 512  # held-out windows, the first ones, and their tokens, by which layers take refitted weights
 
 
-def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]) -> dict[str, Override]:
-    """Writer weights of every chosen network: one-shot, or after the sequential pass where that is better."""
+def refit(s: Session, p: Prepared, ids: Tensor, chosen: Mapping[str, SubNetwork]) -> None:
+    """Write the weights of every chosen network (`stored`): one-shot, or after the sequential pass if that is better.
+
+    Those that are missing travel together (the dense model then runs once for all), as many as there is memory for.
+    """
     paths = {name: f"weights/{name}.safetensors" for name in chosen}
     inputs = {name: {"subnetwork": sub.key()} for name, sub in chosen.items()}
     missing = [name for name in chosen if not s.run.done(paths[name], inputs[name])]
     made: dict[str, dict[str, Tensor]] = {}
 
     def compute(name: str) -> dict[str, Tensor]:
-        if not made:  # all that are missing travel together: the dense model runs once for all
-            made.update(_refit_missing(s, p, ids, {n: chosen[n] for n in missing}))
-        return {key: weight.to(s.dtype) for key, weight in made[name].items()}
+        if name not in made:
+            made.clear()
+            rest = {n: chosen[n] for n in missing[missing.index(name) :]}
+            made.update(_refit_missing(s, p, ids, _together(s, rest)))
+        return {key: weight.to(s.dtype) for key, weight in made.pop(name).items()}
 
-    out: dict[str, Override] = {}
-    for name in chosen:
-        found = s.run.do("extract", paths[name], lambda name=name: compute(name), inputs=inputs[name])  # type: ignore[misc]
-        out[name] = loaded_weights(s, found)
-    return out
+    for name in missing:
+        s.run.do("extract", paths[name], lambda name=name: compute(name), inputs=inputs[name])  # type: ignore[misc]
+
+
+def _together(s: Session, rest: Mapping[str, SubNetwork]) -> dict[str, SubNetwork]:
+    """The first networks of `rest`, as many as half of the free memory holds the weights of; one at least."""
+    free, need = memory.available(str(s.device)), 0
+    width, found = next(s.model.parameters()).element_size(), dict[str, SubNetwork]()
+    for name, sub in rest.items():
+        need += width * costs.parameters(s.layout, sub, "blocks")
+        if found and free is not None and need > free / 2:
+            break
+        found[name] = sub
+    return found
+
+
+def stored(s: Session, name: str) -> Override:
+    """The weights that `refit` has written of a network."""
+    return loaded_weights(s, load_tensors(s.run.path(f"weights/{name}.safetensors")))
 
 
 def _refit_missing(
@@ -65,7 +85,8 @@ def _refit_missing(
         assert p.objective.holdout is not None
         judge = sequential.Judge(s.stream, p.objective.holdout[:JUDGED, :SHORT], pairs)
         refitted = sequential.refit_all(s.stream, ids, pairs, settings, openings=first, accept=judge, advance=step)
-    for (name, sub), new, taken in zip(chosen.items(), refitted, judge.taken, strict=True):
+    for (name, sub), fitted, taken in zip(chosen.items(), refitted, judge.taken, strict=True):
+        new = {key: weight.to(s.dtype).to(weight.dtype) for key, weight in fitted.items()}  # as they will be stored
         at_last = holdout_nats(s, p, sub, new)
         at_first = holdout_nats(s, p, sub, one_shot[name], COMPARED)
         before, after = fmean(at_first), fmean(at_last[-COMPARED:])

@@ -30,7 +30,7 @@ from prunus.searching.study import Judged, Ledger, Objective
 from prunus.steps import WINDOW, Prepared, Session, slack, timetable_of, widest_space
 from prunus.subnetwork import SubNetwork
 from prunus.targets import TIMES
-from prunus.tasks import asked_for, evaluate_tasks, manager_of
+from prunus.tasks import asked_for, evaluate_tasks, manager_of, refuse_few
 from prunus.timing import runtimes
 from prunus.training import supernet
 
@@ -56,7 +56,10 @@ def check(s: Session) -> None:
     if not c.objectives:
         return
     space = widest_space(s)
-    space.window(s.cost, c.least, of=s.cost(s.whole))
+    try:
+        space.window(s.cost, c.least, of=s.cost(s.whole))
+    except UserError as error:
+        raise UserError(f"front.least (--front-least) is {c.least:g}: {error}") from None
     if "loss" in c.objectives and (not s.config.train.data or s.config.train.holdout < 2):
         raise UserError(
             "front.objectives names loss, which is taken on the windows of --train that are not trained on; this run "
@@ -71,6 +74,16 @@ def check(s: Session) -> None:
         )
     if "latency" in c.objectives and s.config.constraint not in TIMES:
         runtimes.check(s.model, s.family, s.config.budget, space)
+
+
+def prepare(s: Session) -> None:
+    """What a front would otherwise stumble over at the end of a run: a table of times that cannot be measured, tasks
+    that have no examples left to judge the front by."""
+    c = s.config.front
+    if "latency" in c.objectives:
+        timetable_of(s)
+    if "accuracy" in c.objectives:
+        refuse_few(asked_for(c.tasks), c.tasks_path, c.task_limit)
 
 
 def search_front(s: Session, p: Prepared, chosen: Mapping[str, SubNetwork]) -> dict[str, Any]:
@@ -327,4 +340,4 @@ def _cost(s: Session, name: str) -> Cost:
     return lambda sub: float(exact[name](sub))
 
 
-__all__ = ["FILE", "Axis", "check", "numbered", "point", "search_front", "volumes"]
+__all__ = ["FILE", "Axis", "check", "numbered", "point", "prepare", "search_front", "volumes"]

@@ -182,7 +182,13 @@ def _table(s: Session, run: CompressConfig) -> Timetable | None:
         return steps.timetable_of(s)
     if s.config.constraint not in TIMES:
         return None
-    runtimes.check(s.model, s.family, s.config.budget, steps.widest_space(s))
+    space = steps.widest_space(s)
+    if len(space.hidden) > 1:
+        raise UserError(
+            f"times are measured at the model's own hidden size, and this run's space has {len(space.hidden)}; pick by "
+            "--keep or --memory-mb"
+        )
+    runtimes.check(s.model, s.family, s.config.budget, space)
     return runtimes.measure(s.model, s.family, s.config.budget, progress=s.progress)
 
 

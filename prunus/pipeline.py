@@ -113,11 +113,16 @@ def _run(
     model = loaded or _load(config)
 
     def admit(run: Run) -> None:
-        _check(Session.of(run, config, model, progress), own_table=run.done("latency.json"))
+        s = Session.of(run, config, model, progress)
+        _check(s, own_table=run.done("latency.json"))
+        if last in ("extract", "report"):
+            describe.check_text(s)
 
     with Run.open(out, config.to_dict(), asdict(model.source), admit=admit) as run:
         s = Session.of(run, config, model, progress)
         _check(s)
+        if last in ("search", "report"):
+            fronts.prepare(s)
         ids, holdout = steps.calibrate(s)
         orders = steps.score(s, ids)
         if last == "score":
@@ -137,12 +142,14 @@ def _run(
         asked = bool(config.front.objectives)
         if last == "search":
             return describe.found(s, chosen, fronts.search_front(s, prepared, chosen) if asked else None)
-        weights = finishing.refit(s, prepared, ids, chosen)
+        finishing.refit(s, prepared, ids, chosen)
         dense = dense or describe.measure_dense(s)
-        figures = {name: describe.measure(s, prepared, name, sub, weights[name]) for name, sub in chosen.items()}
+        figures = {}
+        for name, sub in chosen.items():  # one network's weights at a time
+            figures[name] = describe.measure(s, prepared, name, sub, finishing.stored(s, name))
         for name, sub in chosen.items():
             card, manifest = describe.card(s, name, figures[name], dense), describe.manifest(s, sub, figures[name])
-            finishing.save_network(s, name, sub, weights[name], card, manifest)
+            finishing.save_network(s, name, sub, finishing.stored(s, name), card, manifest)
         if last == "extract":
             return describe.found(s, chosen)
         command = shlex.join(["prunus", "compress", config.model, "--out", str(out), "--config", f"{out}/config.yaml"])

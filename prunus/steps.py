@@ -35,6 +35,7 @@ from prunus.searching.storage import database, is_url
 from prunus.subnetwork import SubNetwork
 from prunus.targets import TIMES, UNITS, Target
 from prunus.texts import calibration
+from prunus.texts.sampling import check_length
 from prunus.timing import runtimes
 from prunus.timing.timetable import Request, Timetable
 
@@ -305,9 +306,10 @@ def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str,
         s.stream, _windows(ids), no_weights if published else database, kind="ppl" if published else c.objective,
         windows=RUNGS, holdout=_windows(holdout), seed=s.config.seed,
     )  # fmt: skip
+    trained = c.space == "trained"  # its networks may have every number of heads, and layers may leave
     space = space_of(  # a uniform one comes later: its order of layers is read off these curves
-        s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth,
-        attention="grid" if s.config.uniform else c.attention,
+        s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth or trained,
+        attention="grid" if s.config.uniform or trained else c.attention,
     )  # fmt: skip
 
     def anchors() -> list[dict[str, Any]]:
@@ -323,7 +325,7 @@ def reform_levels(s: Session, ids: Tensor, holdout: Tensor, orders: Mapping[str,
     measured = s.run.do("reform", "sensitivity.json", anchors) if r.sensitivity else []
     known = [sensitivity.Anchor(**a) for a in measured]
     curve_list = sensitivity.curves(errors, known, s.layout, space, s.whole.hidden)
-    if s.config.uniform or c.space == "trained":
+    if s.config.uniform or trained:
         space = _space(s, s.layer_order or _price_of_layers(curve_list, space.n_layers))
     return Prepared(database, errors, space, curve_list, objective, sensitivity.factors(known))
 
@@ -365,6 +367,7 @@ def check_request(s: Session, own_table: bool = True) -> None:
     c, text = s.config.search, s.config.calibration
     if not s.run.done("tokens.safetensors"):
         calibration.check(text.source, text.samples + text.holdout, column=text.column)
+        check_length(s.model, text.length)
     if s.config.uniform and (refusal := checkpoint.uniform_refusal(s.model.config, s.family, s.whole)):
         raise UserError(refusal)
     kept = sum(t.value if t.kind == "keep" else 1.0 for t in s.config.targets)
@@ -463,7 +466,7 @@ def _windows(ids: Tensor, most: int = WINDOW) -> Tensor:
 
 
 def _stacked(order: Tensor | list[Tensor]) -> Tensor:
-    return torch.stack(list(order)).contiguous() if isinstance(order, list) else order.contiguous()
+    return (torch.stack(list(order)) if isinstance(order, list) else order).cpu().contiguous()
 
 
 def _counted(s: Session, advance: Callable[[int], None], passes: int) -> Callable[[int], None]:

@@ -192,13 +192,28 @@ def _evaluated(
     from lm_eval import simple_evaluate
 
     (skip, limit), names = some, [a.task for a in asked]
-    try:
+    with _readable(names):
         samples = _later(manager, names, skip, limit) if skip and limit else None
         raw = simple_evaluate(
             model=wrapped, tasks=names, num_fewshot=shots, task_manager=manager, limit=None if samples else limit,
             samples=samples, log_samples=each, bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed,
             torch_random_seed=seed, fewshot_random_seed=seed,
         )  # fmt: skip
+    return dict(raw or {})
+
+
+def refuse_few(asked: Sequence[Asked], path: str | Path | None, skip: int) -> None:
+    """Raise UserError where a task cannot be read, or has no examples behind the first `skip`."""
+    manager, names = manager_of(asked, path), [a.task for a in asked]
+    with _readable(names):
+        _later(manager, names, skip, 1)
+
+
+@contextmanager
+def _readable(names: Sequence[str]) -> Iterator[None]:
+    """Inside the block, data that cannot be read raise UserError."""
+    try:
+        yield
     except UserError:
         raise
     except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
@@ -206,10 +221,9 @@ def _evaluated(
         hint = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "is the hub reachable?"
         text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"the data of {', '.join(a.task for a in asked)} cannot be read ({text}); {hint} Give task files that name "
-            "local data with --tasks-path"
+            f"the data of {', '.join(names)} cannot be read ({text}); {hint} Give task files that name local data with "
+            "--tasks-path"
         ) from error
-    return dict(raw or {})
 
 
 def _later(manager: Any, names: list[str], skip: int, limit: int) -> dict[str, list[int]]:
@@ -255,7 +269,7 @@ def _figure(raw: Mapping[str, Any], one: Asked, each: bool) -> dict[str, Any]:
         "value": float(row[key]),
         "se": float(se) if isinstance(se, float) else None,
         "metric": key.removesuffix(",none"),
-        "shots": one.shots,
+        "shots": int(raw.get("n-shot", {}).get(one.task, one.shots)),  # 0 where a task's file insists on it
         "n": n,
         **({"each": _each(raw["samples"], one.task, metric, how)} if each else {}),
     }

@@ -29,7 +29,8 @@ class Terminal:
     """Where one command shows its work and its result; of several processes only the first one does."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet or not is_main()
+        self.is_main = is_main()  # asked now: processes that joined a training are forgotten at its end
+        self.quiet = quiet or not self.is_main
         self.out = _console(sys.stdout)
         self.err = _console(sys.stderr)
 
@@ -67,7 +68,7 @@ class Terminal:
 
     def result(self, result: Mapping[str, Any], json_file: str | None) -> None:
         """Show a result as tables and lines, and write it whole to a JSON file (`-`: stdout, and nothing else)."""
-        if not is_main():
+        if not self.is_main:
             return
         text = json.dumps(_finite(result), indent=1) + "\n"
         if json_file == "-":

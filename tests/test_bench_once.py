@@ -23,7 +23,7 @@ def test_networks_of_the_same_shapes_are_timed_once(
 ) -> None:
     timed: list[int] = []
 
-    def compare_speed(dense: nn.Module, small: nn.Module) -> SpeedRatio:
+    def compare_speed(dense: nn.Module, small: nn.Module, **_: int) -> SpeedRatio:
         timed.append(parameters(small)["all"])
         ratio = float(len(timed))
         return SpeedRatio(ratio, ratio, Speed(1.0, 1.0), Speed(ratio, ratio))
@@ -45,7 +45,7 @@ def test_a_network_of_ours_is_timed_by_its_run(
 ) -> None:
     timed: list[int] = []
 
-    def compare_speed(dense: nn.Module, small: nn.Module) -> SpeedRatio:
+    def compare_speed(dense: nn.Module, small: nn.Module, **_: int) -> SpeedRatio:
         timed.append(parameters(small)["all"])
         return SpeedRatio(1.5, 1.25, Speed(1.0, 2.0), Speed(1.5, 2.5))
 

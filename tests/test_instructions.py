@@ -46,11 +46,20 @@ def test_only_what_the_assistant_says_is_learnt(tokenizer: Any) -> None:
     assert "Once upon a time." in said
     assert "Say hello" not in said
     assert "user" not in said
-    assert tokenizer.decode(ids).replace(" ", "") == (
-        tokenizer.decode(
-            tokenizer(tokenizer.apply_chat_template(TALK, tokenize=False), add_special_tokens=False)["input_ids"]
-        )
-    ).replace(" ", "")
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert ids.tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]  # no blank where a turn begins
+
+
+def test_an_answer_without_a_question_is_not_learnt(tokenizer: Any, tmp_path: Path) -> None:
+    """Dumps of conversations are cut anywhere. A template may refuse a conversation of no turns."""
+    tokenizer.chat_template = CHAT
+    begun = [{"role": "assistant", "content": "As I said."}, *TALK]
+    assert all(torch.equal(a, b) for a, b in zip(tokens_of(begun, tokenizer), tokens_of(TALK, tokenizer), strict=True))
+    assert not len(tokens_of(begun[:1], tokenizer)[0])
+    named = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in begun]
+    file = write(tmp_path / "rows.jsonl", [{"conversations": named, "text": "all of it"}] * 8)
+    windows = training_windows(str(file), tokenizer, length=32, packing=False)
+    assert "all of it" not in tokenizer.decode(windows.ids[0])
 
 
 def test_what_a_template_refuses_is_named(tokenizer: Any) -> None:

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from hurry import painted
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prunus import finishing
 from prunus.config import KEEP, CompressConfig, resolve
 from prunus.errors import UserError
 from prunus.exporting import llamacpp
@@ -29,6 +31,7 @@ from prunus.models import loading
 from prunus.picking import pick
 from prunus.pipeline import compress, step
 from prunus.recording.run import Run
+from prunus.reforming import sequential
 from prunus.timing.latency import Lap, Laps
 from prunus.timing.timetable import Request
 
@@ -93,6 +96,36 @@ def test_the_method_beats_plain_slicing_and_random_allocation(run: tuple[Path, d
     control = compress(config(search__method="random", keep=(0.6,)), tmp_path / "random")
     assert ours["keep-0.6"] < 0.8 * plain["chosen"][0]["kl_nats"]
     assert ours["keep-0.6"] < control["chosen"][0]["kl_nats"]
+
+
+def test_networks_that_no_memory_holds_together_are_refitted_one_by_one(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, own = [], sequential.refit_all
+    monkeypatch.setattr(finishing.memory, "available", lambda device: 1)
+
+    def counted(stream: Any, ids: Any, candidates: Any, *args: Any, **options: Any) -> Any:
+        seen.append(len(candidates))
+        return own(stream, ids, candidates, *args, **options)
+
+    monkeypatch.setattr(sequential, "refit_all", counted)
+    monkeypatch.setattr("prunus.models.loading.refuse_too_large", lambda *args, **options: None)
+    compress(config(), tmp_path / "run")
+    assert seen == [1, 1]
+    for name in ("keep-0.8", "keep-0.6"):
+        first, second = (load_file(out / "weights" / f"{name}.safetensors") for out in (run[0], tmp_path / "run"))
+        assert first.keys() == second.keys() and all(torch.equal(w, second[key]) for key, w in first.items())
+
+
+def test_a_text_that_cannot_be_scored_is_refused_at_once(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Once upon a time.")
+    for text, length, words in ((short, 64, "too short"), (TEXT, 100_000, "positions"), (tmp_path / "no", 64, "no")):
+        with pytest.raises(UserError, match=words):
+            compress(config(test_text=str(text), test_length=length), tmp_path / "run")
+    with pytest.raises(UserError, match="positions"):
+        compress(config(calibration__length=100_000), tmp_path / "run")
+    assert not (tmp_path / "run" / "tokens.safetensors").exists()
 
 
 def test_the_same_command_again_computes_nothing(run: tuple[Path, dict[str, Any]]) -> None:

@@ -172,6 +172,7 @@ def test_the_search_can_stay_in_the_space_of_the_training(space: str, keep: floa
     asked = run_config(
         train__space=space, train__sampler="grid-params", train__steps=2, search__space="trained", keep=(keep,),
         search__generations=1, search__offspring=4,
+        **({"search__attention": "whole", "search__depth": False} if space == "medium" else {}),  # not in this space
     )  # fmt: skip
     (found,) = compress(asked, tmp_path)["chosen"]
     whole = full(AutoModelForCausalLM.from_pretrained(MODEL).config)
@@ -212,6 +213,7 @@ def test_what_a_run_cannot_train_is_refused_before_any_long_work(
         (
             ({"train__strategy": "standard", "train__teacher": "dense"}, "would learn nothing by imitating it"),
             ({"train__data": str(tmp_path / "none.txt")}, "none.txt"),
+            ({"train__report_to": "nowhere"}, "nowhere is not supported"),
             ({"train__length": 4096}, r"at most the model's .* --window 4096"),
             ({"train__rank": 2, "train__adapt": "all"}, "use --adapt linear"),
             ({"test_text": str(TEXT)}, "test text and training text at once"),

@@ -110,9 +110,10 @@ class Divergence:
         last: SubNetwork | None = None
         for sub in subs:
             values: list[float] = []
-            for b, batch in enumerate(batches):
-                with torch.no_grad():
-                    values += self._batch(sub, last, pool[batch], batch, holdout, trails[b])
+            with torch.no_grad():
+                weights = self.weights(sub)  # once for all windows: a large model's outgrow any cache of them
+                for b, batch in enumerate(batches):
+                    values += self._batch(sub, weights, last, pool[batch], batch, holdout, trails[b])
                 if len(subs) == 1:  # nobody comes after it
                     trails[b].clear()
             last = sub
@@ -121,6 +122,7 @@ class Divergence:
     def _batch(
         self,
         sub: SubNetwork,
+        weights: Override,
         last: SubNetwork | None,
         ids: Tensor,
         batch: list[int],
@@ -129,7 +131,7 @@ class Divergence:
     ) -> list[float]:
         reference = self._reference(batch, ids, holdout)
         shared = _shared_layers(last, sub) if last is not None else 0
-        with activate(self.stream.model, self.stream.family, sub, self.weights(sub)):
+        with activate(self.stream.model, self.stream.family, sub, weights):
             if last is None or last.hidden != sub.hidden:
                 trail[:] = [self.stream.embed(ids)]
             del trail[shared + 1 :]

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import random
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +164,8 @@ def _objects(path: Path) -> Iterator[tuple[int, Any]]:
 def _row(raw: Any, where: str, column: str | None) -> list[dict[str, str]] | str:
     if not isinstance(raw, Mapping):
         raise UserError(f"{where} is a {type(raw).__name__}, not an object with named fields")
-    if column is not None or (isinstance(raw.get("text"), str) and "messages" not in raw and "output" not in raw):
+    talks = {"messages", "conversations", "output"} & raw.keys()
+    if column is not None or (isinstance(raw.get("text"), str) and not talks):
         text = raw.get(column or "text")
         if not isinstance(text, str):
             raise UserError(f"{where} has no text in the field {column!r}; its fields are: {', '.join(raw)}")
@@ -242,7 +245,7 @@ def _row_windows(
 def _padded(
     encoded: Sequence[tuple[Tensor, Tensor]], tokenizer: PreTrainedTokenizerBase, length: int, skipped: int
 ) -> Windows:
-    fill = next(int(t) for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
+    fill = int(tokenizer.eos_token_id or 0)  # carries no loss; a pad token may be one that the model has no row for
     if needs_bos(tokenizer):
         encoded = [_after_bos(own, mask, int(tokenizer.bos_token_id)) for own, mask in encoded]
     ids = torch.full((len(encoded), length), fill)
@@ -268,17 +271,34 @@ def _after_bos(ids: Tensor, learnt: Tensor, bos: int) -> tuple[Tensor, Tensor]:
 def tokens_of(row: list[dict[str, str]] | str, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
     """Tokens of one row (n,), and which of them carry a loss (n,): all of a text, the assistant's of a conversation."""
     pieces = [(row, True)] if isinstance(row, str) else _pieces(row, tokenizer)
+    ids, learnt = _encoded(pieces, tokenizer)
+    end = tokenizer.eos_token_id
+    if ids and end is not None and ids[-1] != end and not (pieces and pieces[-1][0].rstrip().endswith(_end(tokenizer))):
+        ids.append(int(end))
+        learnt.append(pieces[-1][1])
+    return torch.tensor(ids, dtype=torch.int64), torch.tensor(learnt, dtype=torch.bool)
+
+
+def _encoded(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    """Tokens of all pieces together, since many tokenizers write a blank before each text, and which carry a loss.
+
+    A token that crosses from one piece into the next belongs to the first.
+    """
+    if tokenizer.is_fast:
+        whole = "".join(text for text, _ in pieces)
+        found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False) if whole else {}
+        ends = [*accumulate(len(text) for text, _ in pieces)]
+        starts = [start for start, _ in found.get("offset_mapping", [])]
+        carried = [carries for _, carries in pieces]
+        own = [carried[min(bisect_right(ends, start), len(carried) - 1)] for start in starts]
+        return list(found.get("input_ids", [])), own
     ids: list[int] = []
     learnt: list[bool] = []
     for text, carries in pieces:
         own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
         ids += own
         learnt += [carries] * len(own)
-    end = tokenizer.eos_token_id
-    if ids and end is not None and ids[-1] != end and not (pieces and pieces[-1][0].rstrip().endswith(_end(tokenizer))):
-        ids.append(int(end))
-        learnt.append(pieces[-1][1])
-    return torch.tensor(ids, dtype=torch.int64), torch.tensor(learnt, dtype=torch.bool)
+    return ids, learnt
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -289,6 +309,7 @@ def _pieces(messages: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBa
     """A conversation as the tokenizer's chat template writes it, cut where the assistant begins and ends."""
     if not tokenizer.chat_template:
         return _plain(messages)
+    messages = list(dropwhile(lambda message: message["role"] == "assistant", messages))  # answers without a question
     done, pieces = "", list[Piece]()
     for n, message in enumerate(messages, 1):
         if message["role"] != "assistant":
@@ -318,7 +339,7 @@ def _written(messages: Sequence[dict[str, str]], n: int, tokenizer: PreTrainedTo
     try:
         before = tokenizer.apply_chat_template(list(messages[:n]), tokenize=False, add_generation_prompt=True)
         return str(before), str(tokenizer.apply_chat_template(list(messages[: n + 1]), tokenize=False))
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         raise UserError(
             f"the tokenizer's chat template cannot write a conversation of roles "
             f"{', '.join(message['role'] for message in messages)}: {error}. Leave out or merge what it does not know"

@@ -9,9 +9,9 @@ What Trainer does, it does: accumulation, clipping, schedule, mixed precision, l
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from prunus.errors import UserError
 from prunus.launched import is_main
@@ -39,6 +39,7 @@ from prunus.training import draws, states
 from prunus.training.learning import TrainConfig
 from prunus.training.losses import cross_entropy, divergence
 from prunus.training.teaching import Teacher
+from prunus.training.telling import Telling, check_installed, reporters
 
 Draw = Callable[[random.Random], Sequence[SubNetwork | None]]  # the sub-networks of one step; None: the model as it is
 LOG = "log.jsonl"
@@ -77,6 +78,11 @@ class Network(nn.Module):
         super().__init__()
         self.model = model
         self.settings = config
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # the layers, for who shards them
+
+    def tie_weights(self) -> None:
+        """For who loads weights anew."""
+        self.model.tie_weights()
 
     def forward(
         self,
@@ -362,10 +368,11 @@ def fit(job: Job) -> Fitted:
     buffers = {name: buffer.clone() for name, buffer in job.model.named_buffers()}
     if config.checkpointing:
         job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    telling = Telling(job.advance, job.out / LOG, job.model, buffers)
     trainer = SandwichTrainer(
         network, args, family=job.family, draw=job.draw, watched=job.watched, teacher=job.teacher, holdout=job.holdout,
         weights=job.weights, train_dataset=Rows(job.windows), eval_dataset=Rows(job.holdout) if job.holdout else None,
-        callbacks=[_Advance(job)],
+        callbacks=[telling],
     )  # fmt: skip
     states.refuse_sharded(trainer.accelerator.state, slices=trainer.draw is not None or trainer.weights is not None)
     for callback in (*trainer.callback_handler.callbacks,):
@@ -384,8 +391,7 @@ def fit(job: Job) -> Fitted:
         history.append({**trainer.evaluate(), "step": total})
     if config.checkpointing:
         job.model.gradient_checkpointing_disable()
-    for name, buffer in buffers.items():  # DeepSpeed rounds the frequencies of RoPE too
-        job.model.get_buffer(name).data = buffer
+    telling.restore()
     job.model.eval()
     whole = states.trained(job.model) if states.is_sharded(job.model) else None
     return Fitted(history, total, tokens_seen(job, args, total), seconds, whole, eased)
@@ -413,7 +419,9 @@ def _epoch_steps(job: Job, args: TrainingArguments) -> int:
 def arguments(job: Job) -> TrainingArguments:
     """Trainer's settings for ours; what the launcher (torchrun, accelerate) says is read by Trainer itself."""
     c = job.config
-    check_installed()
+    check_installed(c.report_to)
+    if c.precision == "float32":  # whatever the launcher's configuration says
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     device = next(job.model.parameters()).device
     full = c.rank == 0
     args = TrainingArguments(
@@ -440,7 +448,7 @@ def arguments(job: Job) -> TrainingArguments:
         eval_steps=c.eval_every or None,
         eval_on_start=job.holdout is not None,
         seed=job.seed,
-        report_to=c.report_to.replace(",", " ").split(),
+        report_to=reporters(c.report_to),
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
@@ -456,31 +464,6 @@ def arguments(job: Job) -> TrainingArguments:
     if args.n_gpu > 1:
         args._n_gpu = 1  # no nn.DataParallel: its copies of a model know nothing of the active sub-network
     return args
-
-
-def check_installed() -> None:
-    """Raise UserError where the package that Trainer needs is missing."""
-    if importlib.util.find_spec("accelerate") is None:
-        raise UserError("training needs the package accelerate; install it with pip install 'prunus[train]'")
-
-
-class _Advance(TrainerCallback):
-    """Progress of steps, and the log as a file: one line of JSON for each."""
-
-    def __init__(self, job: Job) -> None:
-        self.advance, self.log = job.advance, job.out / LOG
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        if state.is_world_process_zero:
-            with self.log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step:  # a training that goes on
-            self.advance(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.advance(1)
 
 
 def identity(job: Job, processes: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def check(s: Session, anew: bool = False) -> None:
     c = s.config.train
     if s.run.done("supernet") and not anew:
         return
-    from prunus.training.loop import check_installed  # transformers' Trainer takes seconds to import
+    from prunus.training.telling import check_installed  # transformers' Trainer takes seconds to import
 
     if c.strategy == "standard" and c.teacher == "dense" and not c.ce:
         raise UserError(
@@ -61,7 +61,7 @@ def check(s: Session, anew: bool = False) -> None:
     text = s.config.test_text
     if text and Path(text).resolve() == Path(str(c.data)).resolve():
         raise UserError(f"{text!r} is test text and training text at once; figures on it would mean nothing")
-    check_installed()
+    check_installed(c.report_to)
     if c.rank:
         adapters.check(s.model, s.family, c.adapt)
     windows(s)

@@ -5,6 +5,8 @@ Hidden states are kept rather than logits: 576 numbers a token instead of 49,152
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from prunus.models.heads import Head, head_of
 from prunus.texts.calibration import token_hash
 
 LIMIT = 8 * 10**9  # bytes of a cache at most; more windows are computed anew each time
+log = logging.getLogger(__name__)
 
 
 class Teacher:
@@ -34,6 +37,9 @@ class Teacher:
         if folder is not None and ids is not None and size * dtype.itemsize <= LIMIT:
             folder.mkdir(parents=True, exist_ok=True)
             own = f"teacher-{token_hash(ids)[:12]}-{name[:12]}-{str(dtype).rpartition('.')[2]}"
+            if not _fits(folder / f"{own}.states", size * dtype.itemsize):
+                log.warning("%s has no room for what the teacher says; it runs anew for every window", folder)
+                return
             self.states = _mapped(folder / f"{own}.states", size, dtype).view(*ids.shape, width)
             self.known = _mapped(folder / f"{own}.known", len(ids), torch.uint8)
 
@@ -54,6 +60,13 @@ class Teacher:
         with torch.autocast(ids.device.type, enabled=False):
             found: Tensor = self.model.base_model(input_ids=ids.to(self.device), use_cache=False).last_hidden_state
         return found
+
+
+def _fits(path: Path, size: int) -> bool:
+    """Whether the disk has room for a file of so many bytes, what it has of it already counted; mapped memory that
+    finds the disk full ends the process without a word."""
+    there = 512 * path.stat().st_blocks if path.exists() else 0
+    return shutil.disk_usage(path.parent).free + there > 1.02 * size + 10**8
 
 
 def _mapped(path: Path, size: int, dtype: torch.dtype) -> Tensor:
