@@ -121,6 +121,8 @@ def _run(
     with Run.open(out, config.to_dict(), asdict(model.source), admit=admit) as run:
         s = Session.of(run, config, model, progress)
         _check(s)
+        if last in ("extract", "report"):
+            describe.check_text(s)
         if last in ("search", "report"):
             fronts.prepare(s)
         ids, holdout = steps.calibrate(s)
