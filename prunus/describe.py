@@ -97,7 +97,7 @@ def timed(dense: nn.Module, small: nn.Module) -> dict[str, Any]:
     room = int(getattr(config, "max_position_embeddings", None) or PROMPT_TOKENS + TIMED_TOKENS)
     speed = compare_speed(dense, small, prompt=min(PROMPT_TOKENS, room - TIMED_TOKENS), generate=TIMED_TOKENS)
     ratios = {"prefill_speedup": speed.prefill, "decode_speedup": speed.decode}
-    return {**ratios, "speed": asdict(speed), "timed_on": machine.words()}
+    return {**ratios, "speed": asdict(speed), "timed_on": f"{machine.words()}, {next(dense.parameters()).device}"}
 
 
 def measure_dense(s: Session) -> Network:
@@ -112,7 +112,7 @@ def measure_dense(s: Session) -> Network:
 def check_text(s: Session) -> None:
     """Refuse a text to score on that cannot be read, is too short, or has windows longer than the model's positions."""
     c = s.config
-    if c.test_text and not s.run.done("evaluation/dense.json"):
+    if c.test_text:
         chunked(s.model, text_ids(c.test_text, s.tokenizer), c.test_length, c.test_chunks)
 
 

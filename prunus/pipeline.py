@@ -121,7 +121,7 @@ def _run(
     with Run.open(out, config.to_dict(), asdict(model.source), admit=admit) as run:
         s = Session.of(run, config, model, progress)
         _check(s)
-        if last in ("extract", "report"):
+        if last in ("extract", "report") and not run.done("evaluation/dense.json"):
             describe.check_text(s)
         if last in ("search", "report"):
             fronts.prepare(s)

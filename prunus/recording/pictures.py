@@ -70,7 +70,7 @@ class Network(TypedDict):
     prefill_speedup: NotRequired[float]  # seconds of the dense model / seconds of this one, same process
     decode_speedup: NotRequired[float]
     speed: NotRequired[dict[str, Any]]  # the same as a `SpeedRatio`, with tokens per second of both
-    timed_on: NotRequired[str]  # the machine, in words
+    timed_on: NotRequired[str]  # the machine, in words, and the device
     memory_bytes: NotRequired[int]  # weights and KV cache, where the budget is memory
     predicted_ms: NotRequired[float]  # one request by the table of the device, where the budget is time
     predicted_speedup: NotRequired[float]
