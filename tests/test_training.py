@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from prunus.models.families import family_of, full
 from prunus.models.slicing import activate, extract
 from prunus.subnetwork import LayerShape, SubNetwork
 from prunus.texts.instructions import Windows
-from prunus.training import adapters, states
+from prunus.training import adapters, states, teaching
 from prunus.training.learning import TrainConfig
 from prunus.training.loop import Job, fit
 from prunus.training.teaching import Teacher
@@ -344,6 +345,14 @@ def test_embedding_and_head_can_be_adapted(adapted: str, tmp_path: Path) -> None
         adapters.merge(one.model)
         found = extract(one.model, one.family, sub)(tokens(), use_cache=False).logits
     assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_a_teacher_keeps_nothing_where_the_disk_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teaching.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
+    ids = tokens(3, 8)
+    taught = Teacher(tiny("llama"), tmp_path, ids, "dense")
+    assert taught.states is None and not any(tmp_path.iterdir())
+    assert torch.equal(taught.hidden(torch.arange(3), ids), taught.compute(ids))
 
 
 def test_a_network_learns_from_a_teacher_that_is_asked_once_for_each_window(tmp_path: Path) -> None:
