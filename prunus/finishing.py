@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -86,7 +86,7 @@ def _refit_missing(
         judge = sequential.Judge(s.stream, p.objective.holdout[:JUDGED, :SHORT], pairs)
         refitted = sequential.refit_all(s.stream, ids, pairs, settings, openings=first, accept=judge, advance=step)
     for (name, sub), fitted, taken in zip(chosen.items(), refitted, judge.taken, strict=True):
-        new = {key: weight.to(s.dtype).to(weight.dtype) for key, weight in fitted.items()}  # as they will be stored
+        new = {key: rounded(s, fitted.pop(key)) for key in list(fitted)}  # one at a time: it is a network's weights
         at_last = holdout_nats(s, p, sub, new)
         at_first = holdout_nats(s, p, sub, one_shot[name], COMPARED)
         before, after = fmean(at_first), fmean(at_last[-COMPARED:])
@@ -122,7 +122,12 @@ def named(weights: Override) -> dict[str, Tensor]:
 def loaded_weights(s: Session, found: Mapping[str, Tensor]) -> Override:
     """What such a file holds, rounded as it is stored, on the model's device and in the type that it computes in."""
     own = next(s.model.parameters()).dtype
-    return {address(key): weight.to(s.dtype).to(s.device, own) for key, weight in found.items()}
+    return {address(key): rounded(s, weight).to(s.device, own) for key, weight in found.items()}
+
+
+def rounded(s: Session, weight: Tensor) -> Tensor:
+    """A weight as a checkpoint will hold it, in the type that it has here."""
+    return weight.to(s.dtype).to(weight.dtype)
 
 
 def address(key: str) -> tuple[int, str]:
@@ -135,16 +140,16 @@ def save_network(
     s: Session,
     name: str,
     sub: SubNetwork,
-    weights: Override,
+    weights: Callable[[], Override],
     card: str,
     manifest: dict[str, Any],
     step: str = "extract",
 ) -> Path:
-    """Extract one network and save it as a checkpoint `models/<name>/`."""
+    """Extract one network and save it as a checkpoint `models/<name>/`; its weights are gone before it is written."""
     uniform = True if s.config.uniform else None
 
     def compute() -> nn.Module:
-        return extract(s.model, s.family, sub, weights, uniform=uniform)
+        return extract(s.model, s.family, sub, weights(), uniform=uniform)
 
     def save(model: nn.Module, path: Path) -> None:
         checkpoint.save(

@@ -10,7 +10,7 @@ from prunus.models import costs
 from prunus.models.checkpoint import uniform_refusal
 from prunus.models.families import dims, family_of, full
 from prunus.models.loading import load_configured
-from prunus.models.memory import available, memory_need
+from prunus.models.memory import Work, available, memory_needs
 from prunus.progress import Progress, silent
 from prunus.recording import pictures
 from prunus.subnetwork import SubNetwork
@@ -37,6 +37,7 @@ def inspect_model(config: CompressConfig) -> dict[str, Any]:
         )
         for part in SUB_LAYERS
     }
+    steps = memory_needs(model.config, model.dtype, Work.of(config))
     parts = {
         "attention": each["attention"],
         "MLP": each["mlp"],
@@ -54,12 +55,11 @@ def inspect_model(config: CompressConfig) -> dict[str, Any]:
         "parameters": total,
         "parameters_in_blocks": blocks,
         "weights_bytes": total * loaded.dtype.itemsize,
-        "memory_needed_bytes": memory_need(
-            model.config, model.dtype, samples=config.calibration.samples, length=config.calibration.length
-        ),
+        "memory_needed_bytes": model.num_parameters() * model.dtype.itemsize + max(steps.values()),
         "memory_free_bytes": available(str(model.device)),
         "uniform_export": uniform_refusal(model.config, family, whole) or "yes, as a stock checkpoint",
         "source_sha256": loaded.source.sha256,
+        "steps": [{"step": name, "beside_the_weights_bytes": n} for name, n in steps.items()],
         "parts": [
             {"part": name, "parameters": n, "share": f"{100 * n / total:.1f} %"} for name, n in parts.items() if n
         ],

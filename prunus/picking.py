@@ -302,7 +302,7 @@ def _picked(
     page = describe.card(s, name, found, dense)  # type: ignore[arg-type]
     record = {**describe.manifest(s, sub, found), "pick": {**wanted.asked, **made_of}}  # type: ignore[arg-type]
     if out is None:
-        target = finishing.save_network(s, name, sub, weights, page, record, step=STEP)
+        target = finishing.save_network(s, name, sub, lambda: weights, page, record, step=STEP)
     else:
         small, target = extract(s.model, s.family, sub, weights, uniform=s.config.uniform or None), out
         checkpoint.save(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from prunus.baselines import rivals
 from prunus.config import CompressConfig, flatten
 from prunus.errors import UserError
 from prunus.models import loading
+from prunus.models.memory import Work
 from prunus.progress import Progress, silent
 from prunus.recording.changes import TARGETS
 from prunus.recording.reader import ReadOnlyRun
@@ -93,8 +95,7 @@ def _join(out: Path) -> dict[str, Any]:
 
 
 def _load(config: CompressConfig) -> loading.Loaded:
-    windows = config.calibration.samples + config.calibration.holdout, config.calibration.length
-    return loading.load_configured(config, windows=windows)
+    return loading.load_configured(config, work=Work.of(config))
 
 
 def _check(s: Session, own_table: bool = True, anew: bool = False) -> None:
@@ -151,7 +152,7 @@ def _run(
             figures[name] = describe.measure(s, prepared, name, sub, finishing.stored(s, name))
         for name, sub in chosen.items():
             card, manifest = describe.card(s, name, figures[name], dense), describe.manifest(s, sub, figures[name])
-            finishing.save_network(s, name, sub, finishing.stored(s, name), card, manifest)
+            finishing.save_network(s, name, sub, partial(finishing.stored, s, name), card, manifest)
         if last == "extract":
             return describe.found(s, chosen)
         command = shlex.join(["prunus", "compress", config.model, "--out", str(out), "--config", f"{out}/config.yaml"])

@@ -305,7 +305,7 @@ def rows(found: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for n, key in enumerate(found[0] if found else ()):
         side: Literal["left", "right"] = "left" if isinstance(found[0][key], str) else "right"
-        table.add_column(key.replace("_", " "), justify=side, no_wrap=n == 0, overflow="fold")
+        table.add_column(key.removesuffix("_bytes").replace("_", " "), justify=side, no_wrap=n == 0, overflow="fold")
     for row in found:
         table.add_row(*(_value(key, value) for key, value in row.items()))
     return table

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from prunus.errors import UserError
-from prunus.models import checkpoint, loading, memory, precision
+from prunus.models import checkpoint, loading
 from prunus.models.checkpoint import blank, load, save, uniform_refusal, verify
 from prunus.models.families import dims, family_of, full
 from prunus.models.slicing import activate, extract
@@ -427,34 +427,6 @@ def test_a_broken_gguf_file(tmp_path: Path) -> None:
         load(str(path))
     with pytest.raises(UserError, match="did you mean the file"):
         load(str(tmp_path))
-
-
-# ------------------------------------------------------------------------------------------------------------ memory
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_parameters_are_counted_without_a_model(name: str) -> None:
-    model = tiny(name)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    assert memory.parameter_count(model.config) == count
-    assert memory.memory_need(model.config, torch.bfloat16) == 2 * count
-
-
-def test_too_little_memory_is_said_before_loading(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = memory.memory_need(load(str(source)).model.config, torch.float32)
-    monkeypatch.setattr(precision, "multiplies", lambda dtype, device: True)
-    monkeypatch.setattr(memory, "multiplies", lambda dtype, device: True)
-    monkeypatch.setattr(memory, "available", lambda device: need - 1)
-    with pytest.raises(UserError, match=r"not enough memory on cpu.*largest that fits.*--dtype bfloat16"):
-        load(str(source))
-    load(str(source), dtype="bfloat16")
-    monkeypatch.setattr(memory, "available", lambda device: need)
-    load(str(source))
-
-
-def test_available_memory_is_plausible() -> None:
-    free = memory.available()
-    assert free is None or 2**20 < free < 2**50
 
 
 # ----------------------------------------------------------------------------------------------------- the real model

@@ -126,7 +126,7 @@ def test_memory_is_asked_for_in_the_type_that_computes(
     fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[torch.dtype] = []
-    monkeypatch.setattr(loading, "refuse_too_large", lambda config, dtype, device, **more: asked.append(dtype))
+    monkeypatch.setattr(loading, "refuse_too_large", lambda config, dtype, *more: asked.append(dtype))
     model = tiny("llama")
     model.save_pretrained(tmp_path)  # type: ignore[operator]
     with pytest.raises(Exception, match="tokenizer"):

@@ -29,6 +29,7 @@ from prunus.machine import environment, words
 from prunus.models import loading
 from prunus.models.checkpoint import verify
 from prunus.models.loading import Loaded
+from prunus.models.memory import Work
 from prunus.progress import Progress, silent
 from prunus.recording.artefact import load_json
 from prunus.recording.run import Run, read_manifest
@@ -119,7 +120,8 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
     if not (out / "manifest.json").exists():  # rows that are there need no text any more
         for source in plan.calibrations:
             calibration.check(source, c.samples + c.holdout, column=c.column)
-    loaded = loading.load_configured(config, windows=(config.calibration.samples, config.calibration.length))
+    hungriest = OURS if OURS in plan.methods else plan.methods[0]
+    loaded = loading.load_configured(config, work=Work.of(replace(config, method=hungriest, keep=plan.keeps)))
     with Run.open(out, recorded(config, plan), asdict(loaded.source), steps=STEPS) as record:
         bench = _Bench(config, plan, out, progress, loaded, record)
         rows = everything(record, list(bench.rows()))

