@@ -98,13 +98,15 @@ def evaluate_tasks(
     is that of independent tasks. Raises UserError for a missing package, folder, task or data, before the first forward
     where it can be known.
     """
-    manager = manager_of(asked, path)
+    manager, groups = manager_of(asked, path), list(dict.fromkeys(a.shots for a in asked))
+    if len(groups) > 1:  # lm-eval takes one number of shots at a time, and would open the last group's data last
+        refuse_few(asked, path, skip)
     from lm_eval.models.huggingface import HFLM
 
     with _tied_already(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     found: dict[str, dict[str, Any]] = {}
-    for shots in dict.fromkeys(a.shots for a in asked):
+    for shots in groups:
         own = [a for a in asked if a.shots == shots]
         raw = _evaluated(wrapped, own, shots, manager, (skip, limit), seed, each)
         found |= {a.task: _figure(raw, a, each) for a in own}
@@ -216,7 +218,9 @@ def _readable(names: Sequence[str]) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "script" not in str(error):  # datasets runs none any more
+            raise
         offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE")
         hint = "the hub is switched off (HF_HUB_OFFLINE)" if offline else "is the hub reachable?"
         text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

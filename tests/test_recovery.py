@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from click.testing import CliRunner
 from hurry import painted
 from safetensors.torch import load_file
@@ -277,45 +276,6 @@ def test_the_command_trains_an_existing_run(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["train", str(tmp_path), "--train", "x.txt"])
     assert done.exit_code == 2
     assert "is no run of Prunus" in done.output
-
-
-def test_task_accuracies_have_standard_errors(tmp_path: Path) -> None:
-    """lm-eval takes some seconds to import."""
-    lm_eval = pytest.importorskip("lm_eval")
-    folder = SHARED / "zeroshot" / "arc_easy"
-    if not folder.is_dir():
-        pytest.skip("needs the task data beside the project")
-    official = Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_easy.yaml"
-    task = {"include": str(official), "task": "arc_easy", "dataset_path": str(folder)}
-    (tmp_path / "arc_easy.yaml").write_text(yaml.safe_dump(task))
-    from prunus.tasks import asked_for, evaluate_tasks
-
-    loaded = loading.load(str(MODEL))
-    asked = asked_for(["arc_easy"], shots=0)
-    found = evaluate_tasks(loaded.model, loaded.tokenizer, asked, path=tmp_path, limit=12)
-    [row] = found["tasks"]
-    assert (row["task"], row["metric"], row["shots"], row["n"]) == ("arc_easy", "acc_norm", 0, 12)
-    p = row["value"]
-    assert row["se"] == pytest.approx(math.sqrt(p * (1 - p) / 11), rel=1e-6)
-    assert found["mean"] == p
-    [same] = evaluate_tasks(loaded.model, loaded.tokenizer, asked, path=tmp_path, limit=12, each=True)["tasks"]
-    assert {k: v for k, v in same.items() if k != "each"} == row
-    assert len(same["each"]) == 12 and sum(same["each"]) / 12 == pytest.approx(p)
-    with pytest.raises(UserError, match=r"knows no task 'arc_esy' in .*did you mean arc_easy"):
-        evaluate_tasks(loaded.model, loaded.tokenizer, asked_for(["arc_esy"]), path=tmp_path)
-    with pytest.raises(UserError, match="is no folder"):
-        evaluate_tasks(loaded.model, loaded.tokenizer, asked, path=tmp_path / "none")
-
-
-def test_examples_of_groups_and_of_several_filters_stand_in_their_order() -> None:
-    from prunus.tasks import _each
-
-    rows = [{"doc_id": k, "filter": "strict", "acc": float(k)} for k in (10, 2)]
-    other = {"doc_id": 2, "filter": "loose", "acc": 9.0}
-    samples = {"mmlu_b": [*rows, other], "mmlu_a": [{"doc_id": 0, "filter": "strict", "acc": 7}], "boolq": []}
-    assert _each(samples, "mmlu", "acc", "strict") == [7.0, 2.0, 10.0]
-    assert _each(samples, "mmlu", "word_perplexity", "strict") is None  # a figure of all examples together
-    assert _each(samples, "boolq", "acc", "strict") is None
 
 
 def test_the_gain_over_another_model_is_of_paired_examples() -> None:

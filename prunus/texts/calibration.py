@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prunus.errors import UserError
 from prunus.progress import Tally
-from prunus.texts.sampling import generated_windows
+from prunus.texts.sampling import check_length, generated_windows
 
 Join = Literal["auto", "rows", "raw"]
 
@@ -56,10 +56,12 @@ def calibration_tokens(
     column: the jsonl column that holds the text (default "text"). bos: start every window with the BOS token; None does
     so only for tokenizers whose models break without it (`needs_bos`).
     Raises UserError for a text that is missing, empty, too short, binary or named as test text, and for a hub that
-    cannot be reached. Mutates nothing.
+    cannot be reached, and for windows longer than the positions of `model`. Mutates nothing.
     """
     if samples < 1 or length < 2:
         raise UserError(f"calibration needs samples >= 1 and length >= 2; given {samples} windows of {length} tokens")
+    if model is not None:
+        check_length(model, length)
     parts = mixture(source, samples)
     if len(parts) > 1:
         draws = [
