@@ -62,13 +62,14 @@ def test_an_answer_without_a_question_is_not_learnt(tokenizer: Any, tmp_path: Pa
     assert "all of it" not in tokenizer.decode(windows.ids[0])
 
 
-def test_what_a_template_refuses_is_named(tokenizer: Any) -> None:
+def test_what_a_template_refuses_is_named_with_its_row(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(UserError, match="no system role"):
-        tokens_of([{"role": "system", "content": "Be kind."}, *TALK], tokenizer)
+    rows = [{"messages": TALK}, {"messages": [{"role": "system", "content": "Be kind."}, *TALK]}]
+    with pytest.raises(UserError, match=r"row 2 of 2: .* conversation of roles system, user, .*no system role"):
+        training_windows(str(write(tmp_path / "rows.jsonl", rows)), tokenizer, length=32)
 
 
 def test_without_a_template_turns_have_headings(tokenizer: Any) -> None:

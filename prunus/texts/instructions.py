@@ -229,7 +229,10 @@ def _row_windows(
     random.Random(seed).shuffle(order)
     encoded, skipped = [], 0
     for i in order:
-        ids, mask = tokens_of(rows[i], tokenizer)
+        try:
+            ids, mask = tokens_of(rows[i], tokenizer)
+        except UserError as error:
+            raise UserError(f"row {i + 1} of {len(rows)}: {error}") from error
         if mask[1:].any():
             encoded.append((ids, mask))
         else:
