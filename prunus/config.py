@@ -38,7 +38,7 @@ class CalibrationConfig(Section):
     source: str = setting(
         "auto",
         "a data set (wikitext2, c4), a .txt or .jsonl file, `generated` (the model's own samples), or `auto`: "
-        "wikitext2 where a hub is reachable, else generated",
+        "wikitext2 where prunus[hub] is installed and a hub is reachable, else generated",
         step="calibrate",
         flag="calibration",
     )
@@ -56,7 +56,7 @@ class ScoreConfig(Section):
 
     prefix: ClassVar[str] = "score."
     method: Literal["obs", "wanda", "activation", "taylor", "magnitude"] = setting(
-        "obs", "importance score", step="score", flag="score"
+        "obs", "importance score, for `reform.order` score; greedy orders need none", step="score", flag="score"
     )
     aggregator: Literal[
         "mean",
@@ -158,8 +158,10 @@ class SearchConfig(Section):
     generations: int = setting(
         1, "generations of the evolution, for each ratio", step="search", flag="generations", low=0
     )
-    population: int = setting(8, "candidates that survive a generation", step="search", low=1)
-    offspring: int = setting(16, "candidates tried in each generation", step="search", flag="offspring", low=1)
+    population: int = setting(8, "candidates of a generation of --search shen", step="search", low=1)
+    offspring: int = setting(
+        16, "candidates tried in a generation, but by shen", step="search", flag="offspring", low=1
+    )
     slack: float = setting(
         0.002, "how far below its budget a network may stay, as a share of the budget", step="search", above=0, high=0.2
     )
@@ -318,6 +320,11 @@ class CompressConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.score.method != "obs" and self.reform.order == "greedy" and self.method == "prunus":
+            raise UserError(
+                f"--score {self.score.method} orders units where --set reform.order=score is given too; otherwise "
+                "they are ordered by greedy removal, which needs no score"
+            )
         if self.search.space == "trained" and not self.train.data:
             raise UserError(
                 "search.space is trained, but nothing is trained; give --train FILE, or leave --search-space out"

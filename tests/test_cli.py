@@ -136,6 +136,7 @@ def test_flags_reach_their_settings(calls: list[Any], tmp_path: Path) -> None:
         "compress", "some/model", "--out", tmp_path / "run", "--config", tmp_path / "c.yaml", "--keep-of", "all",
         "--uniform", "--calibration", "generated", "--samples", "8", "--score", "wanda", "--generations", "6",
         "--device", "cpu", "--dtype", "float32", "--test-text", "t.txt", "--set", "search.mlp_step=64",
+        "--set", "reform.order=score",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     config, out, _ = calls[0]
