@@ -9,7 +9,7 @@ from prunus.config import CompressConfig
 from prunus.models import costs
 from prunus.models.checkpoint import uniform_refusal
 from prunus.models.families import dims, family_of, full
-from prunus.models.loading import load_configured
+from prunus.models.loading import device_named, load_configured
 from prunus.models.memory import Work, available, memory_needs
 from prunus.progress import Progress, silent
 from prunus.recording import pictures
@@ -25,6 +25,7 @@ def inspect_model(config: CompressConfig) -> dict[str, Any]:
 
     Raises UserError where it cannot be loaded, has no table, or does not agree with it.
     """
+    free = available(device_named(config.device))  # before the weights take their part of it
     loaded = load_configured(config)
     model = loaded.model
     family, whole, size = family_of(model.config), full(model.config), dims(model.config)
@@ -55,8 +56,8 @@ def inspect_model(config: CompressConfig) -> dict[str, Any]:
         "parameters": total,
         "parameters_in_blocks": blocks,
         "weights_bytes": total * loaded.dtype.itemsize,
-        "memory_needed_bytes": model.num_parameters() * model.dtype.itemsize + max(steps.values()),
-        "memory_free_bytes": available(str(model.device)),
+        "memory_needed_bytes": model.num_parameters() * model.dtype.itemsize + max(steps.values(), default=0),
+        "memory_free_bytes": free,
         "uniform_export": uniform_refusal(model.config, family, whole) or "yes, as a stock checkpoint",
         "source_sha256": loaded.source.sha256,
         "steps": [{"step": name, "beside_the_weights_bytes": n} for name, n in steps.items()],

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prunus import choosing, describe, finishing, fronts, steps
@@ -179,7 +180,9 @@ def _timed(config: CompressConfig) -> tuple[Any, ...]:
 def _table(s: Session, run: CompressConfig) -> Timetable | None:
     """The table that a pick goes by: the run's own where it asks for the same times; None where nothing is timed."""
     if s.run.done("latency.json") and _timed(s.config) == _timed(run):
-        return steps.timetable_of(s)
+        own = steps.timetable_of(s)
+        if s.config.budget.runtime != "torch" or _same_place(own.key, s.model):
+            return own
     if s.config.constraint not in TIMES:
         return None
     space = steps.widest_space(s)
@@ -190,6 +193,13 @@ def _table(s: Session, run: CompressConfig) -> Timetable | None:
         )
     runtimes.check(s.model, s.family, s.config.budget, space)
     return runtimes.measure(s.model, s.family, s.config.budget, progress=s.progress)
+
+
+def _same_place(key: Mapping[str, Any], model: Any) -> bool:
+    """True where a table of PyTorch's was measured on the kind of device, and in the type, that the model is on."""
+    parameter = next(model.parameters())
+    here = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else f"{parameter.device.type}, "
+    return str(key["device"]).startswith(here) and key["dtype"] == str(parameter.dtype).removeprefix("torch.")
 
 
 def _counting(config: CompressConfig) -> CompressConfig:
@@ -280,6 +290,7 @@ def _picked(
     made_of = {
         "subnetwork": sub.key(),
         "refit": refit,
+        "levels": s.run.sha256("errors.safetensors"),
         "from": {one.name: s.run.sha256(f"weights/{one.name}.safetensors") for one in around},
     }
     _refuse_taken(s, name, made_of, out)
@@ -429,8 +440,12 @@ def _refuse_taken(s: Session, name: str, made_of: dict[str, Any], out: Path | No
         raise UserError(f"{str(target)!r} is in the way and is no pick of this run; choose another --out")
     differing = [key for key in made_of if was.get(key) != made_of[key]]
     if differing:
-        words = {"refit": f"refit: {was.get('refit')} there, {made_of['refit']} now", "from": "from other weights",
-                 "subnetwork": "other widths"}  # fmt: skip
+        words = {
+            "refit": f"refit: {was.get('refit')} there, {made_of['refit']} now",
+            "from": "from other weights",
+            "levels": "on another reformation",
+            "subnetwork": "other widths",
+        }
         raise UserError(
             f"{str(target)!r} is a pick that was made otherwise ({', '.join(words[key] for key in differing)}); "
             "delete it, or choose another --out"

@@ -62,7 +62,7 @@ def step(
 
     def admit(run: Run) -> None:
         if config.method == rivals.OURS:
-            loaded.append(_load(config))
+            loaded.append(_load(config, Path(out), name))
             run.refuse_other(asdict(loaded[0].source), "choose another --out")
             shapes = [key for key in asked if key.startswith("budget.") and key not in TARGETS]
             s = Session.of(run, config, loaded[0], progress)
@@ -87,15 +87,34 @@ def _join(out: Path) -> dict[str, Any]:
     if meeting.called():
         run = ReadOnlyRun(out)
         config = CompressConfig.from_dict(run.config)
-        s = Session.of(run, config, _load(config), silent)
+        s = Session.of(run, config, _load(config, out, "train"), silent)
         ids, _ = steps.calibrate(s)
         supernet.join(s, ids, steps.score(s, ids))
     meeting.part()
     return {}
 
 
-def _load(config: CompressConfig) -> loading.Loaded:
-    return loading.load_configured(config, work=Work.of(config))
+def _load(config: CompressConfig, out: Path, last: Step) -> loading.Loaded:
+    return loading.load_configured(config, work=Work.of(config, _left(config, out, last)))
+
+
+def _left(config: CompressConfig, out: Path, last: Step) -> tuple[str, ...]:
+    """The steps up to `last` that a run has not done yet, for the estimate of the memory."""
+    names = [target.name for target in config.targets]
+    made = {
+        "score": ["importance.safetensors"],
+        "train": ["supernet"],
+        "reform": ["errors.safetensors"],
+        "search": [f"search/{name}.json" for name in names],
+        "extract": [f"weights/{name}.safetensors" for name in names],
+        "evaluate": [f"models/{name}" for name in names],
+    }
+    there: dict[str, Any] = read_manifest(out)["artefacts"] if (out / "manifest.json").is_file() else {}
+    order = list(made)
+    until = order[: order.index(last) + 1] if last in order[:4] else order
+    return tuple(
+        step for step in until if not all(there.get(file) and not there[file].get("stale") for file in made[step])
+    )
 
 
 def _check(s: Session, own_table: bool = True, anew: bool = False) -> None:
@@ -111,7 +130,7 @@ def _run(
 ) -> dict[str, Any]:
     if config.method != rivals.OURS:
         return rivals.compress(config, out, progress)
-    model = loaded or _load(config)
+    model = loaded or _load(config, out, last)
 
     def admit(run: Run) -> None:
         s = Session.of(run, config, model, progress)

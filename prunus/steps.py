@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -334,12 +334,26 @@ def _space(s: Session, layer_order: Sequence[int]) -> SearchSpace:
     """The space that is searched: per layer; or uniform, with the layers in the given order of importance."""
     c, uniform = s.config.search, s.config.uniform
     if c.space == "trained":
-        return searchable(space_of_run(s), s.model.config, mlp_step=c.mlp_step)
+        found = searchable(space_of_run(s), s.model.config, mlp_step=c.mlp_step)
+        return _stock(s, found) if uniform and found.uniform else found
     heads: AttentionUnit = "none" if uniform and not s.family.stock_heads else c.attention
-    return space_of(
+    found = space_of(
         s.model.config, mlp_step=min(c.mlp_step, s.whole.layers[0].mlp), depth=c.depth, attention=heads,
         uniform=uniform, layer_order=layer_order if uniform else None,
     )  # fmt: skip
+    return _stock(s, found) if uniform else found
+
+
+def _stock(s: Session, space: SearchSpace) -> SearchSpace:
+    """A uniform space without the heads and the depths that the family's stock configuration cannot hold."""
+
+    def held(gene: int) -> tuple[Any, ...]:
+        options = space.genes[gene].options
+        networks = (space.build([level if g == gene else 0 for g in range(4)]) for level in range(len(options)))
+        refused = [checkpoint.uniform_refusal(s.model.config, s.family, sub) for sub in networks]
+        return tuple(option for option, reason in zip(options, refused, strict=True) if reason is None)
+
+    return replace(space, attention=(held(0),) * space.n_layers, depths=held(2))
 
 
 def space_of_run(s: Session) -> Space:

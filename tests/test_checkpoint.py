@@ -234,10 +234,10 @@ def test_a_foreign_directory_is_left_alone_and_ours_is_replaced(tmp_path: Path) 
     assert [p.name for p in target.iterdir()] == ["thesis.txt"]
     (target / "thesis.txt").unlink()
     save(model, None, target, card="one", manifest={})
-    (target / "left-over").write_text("")
+    (target / "own.txt").write_text("years of work")
     save(model, None, target, card="two", manifest={})
     assert (target / "README.md").read_text() == "two"
-    assert not (target / "left-over").exists()
+    assert (target / "own.txt").read_text() == "years of work"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -380,6 +380,23 @@ def test_every_unusable_model_gets_its_own_sentence(source: Path, tmp_path: Path
     load(str(source))
 
 
+def test_a_tokenizer_with_several_chat_templates_and_files_of_others(tmp_path: Path) -> None:
+    model, several, path = tiny("llama"), tokenizer(), tmp_path / "out"
+    several.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    save(model, several, path, card="", manifest={})
+    folder = path / "additional_chat_templates"
+    assert folder.stat().st_mode & 0o111 and not (folder / "tool_use.jinja").stat().st_mode & 0o111
+    assert any("tool_use" in name for name in verify(path)["files"])
+    for name in ("model-f16.gguf", "notes/own.txt", "config.json.bak"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(name)
+    save(model, tokenizer(), path, card="again", manifest={})
+    assert "tool_use" not in str(verify(path)["files"])  # what was ours went
+    for name in ("model-f16.gguf", "notes/own.txt"):
+        assert (path / name).read_text() == name
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_damaged_weights(source: Path) -> None:
     weights = source / "model.safetensors"
     state = load_file(weights)
@@ -391,6 +408,11 @@ def test_damaged_weights(source: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         load(str(source))
     weights.unlink()
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1\n"):  # what an unfinished download leaves
+        (source / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            load(str(source))
+    (source / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match=r"no file named model.safetensors"):
         load(str(source))
 

@@ -142,6 +142,19 @@ def test_weights_taken_back_from_a_file_are_those_that_were_rounded(name: str) -
         torch.testing.assert_close(one, other, atol=0 if name != "gemma2" else 1e-3, rtol=0, msg=path)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_taken_back_into_sixteen_bits_are_in_their_places(dtype: torch.dtype) -> None:
+    """More rows than either type can count."""
+    model = tiny("llama", intermediate_size=2304).to(dtype)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for tensor in module.planning(model, "f16")[2]:
+        if tensor.modules and len(tensor.shape) == 2:
+            gguf_tensors.take_back(tensor, tensor.make())
+    for name, p in model.named_parameters():
+        assert p.dtype == dtype
+        assert torch.equal(p, before[name]), name
+
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2, another attention scale": ("gemma2", {"query_pre_attn_scalar": 24}),
     "gemma3, another attention scale": ("gemma3", {"query_pre_attn_scalar": 24}),

@@ -31,6 +31,12 @@ def planned(name: str, **changes: Any) -> tuple[Any, Plan, Grid]:
     return model, plan_of(model, family_of(model.config), grid), grid
 
 
+def test_a_grid_of_one_width_is_a_grid() -> None:
+    model = tiny("llama", intermediate_size=160)
+    plan = plan_of(model, family_of(model.config), grid_of(dims(model.config), 160))
+    assert plan.knots == (160,) and len(plan.networks) > 4
+
+
 @pytest.mark.parametrize(
     ("name", "alone", "free"), [("llama", True, True), ("qwen3", False, False), ("gemma2", False, True)]
 )

@@ -17,7 +17,7 @@ from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.models import memory, precision
 from prunus.models.loading import load
-from prunus.models.memory import NOTHING, Work, memory_needs
+from prunus.models.memory import Work, memory_needs
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_parameters_are_counted_without_a_model(name: str) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     assert memory.parameter_count(model.config) == count
     assert memory.memory_need(model.config, torch.bfloat16) == 2 * count
-    assert set(memory_needs(model.config, torch.float32, Work(8, 64, True, 8, 0.5))) == {
+    assert set(memory_needs(model.config, torch.float32, Work(8, 64, True, True, 8, 0.5))) == {
         "score", "reform", "search", "extract", "evaluate"
     }  # fmt: skip
 
@@ -61,41 +61,76 @@ def test_the_step_that_needs_too_much_is_named(source: str, free: Callable[[int]
     free(50_000_000)
     load(source)
     with pytest.raises(UserError, match=r"GB for the step extract.*fewer or shorter.*reform.sequential=false"):
-        load(source, work=Work(4000, 1024, sequential=4000, keep=0.8))
+        load(source, work=Work(4000, 1024, sequential=4000, keep=0.8, steps=("search", "extract")))
     with pytest.raises(UserError, match=r"GB for the step score.*fewer or shorter.*reform.fisher=0"):
-        load(source, work=Work(4000, 1024, curvature=True))
+        load(source, work=Work(4000, 1024, curvature=True, steps=("score",)))
 
 
 def test_the_work_is_what_the_settings_say() -> None:
-    assert Work.of(CompressConfig(model="x", keep=(0.5, 0.8))) == Work(80, 1024, True, 64, 0.8)
-    assert Work.of(CompressConfig(model="x", method="flap", keep=(0.5,))) == Work(80, 1024, keep=0.5)
+    assert Work.of(CompressConfig(model="x", keep=(0.5, 0.8))) == Work(80, 1024, True, True, 64, 0.8)
+    rival = CompressConfig(model="x", method="flap", keep=(0.5,))
+    assert Work.of(rival) == Work(80, 1024, ours=False, keep=0.5)
     few = {"model": "x", "reform.sequential_samples": 16, "reform.fisher": 0, "budget.speedup": [1.5]}
-    assert Work.of(CompressConfig.from_dict(few)) == Work(80, 1024, False, 16, 1.0)
-    off = CompressConfig.from_dict({"model": "x", "reform.sequential": False})
+    assert Work.of(CompressConfig.from_dict(few)) == Work(80, 1024, True, False, 16, 1.0)
+    off = CompressConfig.from_dict({"model": "x", "reform.sequential": False, "train.data": "rows.jsonl"})
     assert Work.of(off).sequential == 0
+    assert Work.of(off).train == off.train
 
 
-def test_every_step_has_its_need() -> None:
+def needs(**changed: Any) -> dict[str, int]:
     config = LlamaConfig(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, vocab_size=512
     )
-    work = Work(80, 1024, True, 64, 0.8)
-    one = 4 * 256 * 256 + 3 * 256 * 1024 + 2 * 256  # parameters of a layer
+    return memory_needs(config, torch.float32, replace(Work(80, 1024, True, True, 64, 0.8), **changed))
 
-    def needs(**changed: Any) -> dict[str, int]:
-        return memory_needs(config, torch.float32, replace(work, **changed))
 
-    full = needs()
-    assert memory_needs(config, torch.float32, NOTHING) == {}
+def close(bytes: float) -> Any:
+    return pytest.approx(memory.MARGIN * bytes, abs=8)
+
+
+def test_every_step_has_its_need() -> None:
+    layer, full = 4 * 256 * 256 + 3 * 256 * 1024 + 2 * 256, needs()  # parameters of a layer
+    writers = 4 * 4 * 0.8 * 256 * (256 + 1024)  # bytes of those of a network
     assert list(full) == ["score", "reform", "search", "extract", "evaluate"]
-    assert needs(samples=640)["score"] - full["score"] == 4 * 560 * 1024 * 256  # float32 states of their tokens
-    assert full["reform"] - full["search"] == 2 * 4 * 4 * 256**2 - 2 * 4 * 4 * one  # the curvature; cached writers
-    assert full["extract"] - needs(sequential=32)["extract"] == 32 * 1024 * (8 * 256 + 4 * (6 * 256 + 1024))
-    assert full["evaluate"] - needs(keep=0.3)["evaluate"] == pytest.approx(2 * 4 * 0.5 * 4 * one, abs=8)
+    assert needs(samples=640)["score"] - full["score"] == close(4 * 560 * 1024 * 256)  # float32 states of their tokens
+    assert full["search"] - full["reform"] == close(2 * writers - 2 * 4 * 4 * 256**2)  # in exchange for the curvature
+    states = 32 * 1024 * (8 * 256 + 4 * (6 * 256 + 1024))
+    assert full["extract"] - needs(sequential=32)["extract"] == close(states)
+    assert full["evaluate"] - needs(keep=0.3)["evaluate"] == close(2 * 4 * 0.5 * 4 * layer)
     assert "extract" not in needs(sequential=0)
-    assert "reform" not in needs(curvature=False)
+    assert full["reform"] - needs(curvature=False)["reform"] == close(2 * 4 * 4 * 256**2)
+    assert list(needs(steps=("search",))) == ["search"]
+    weights = 4 * (4 * layer + 2 * 512 * 256 + 256)
+    assert needs(beside=1)["search"] == full["search"] + weights
+    assert list(needs(ours=False, sequential=0)) == ["evaluate"]
+
+
+def test_a_training_needs_its_optimiser() -> None:
+    config = CompressConfig.from_dict({"model": "x", "train.data": "rows.jsonl"}).train
+    weights = 4 * (4 * (4 * 256 * 256 + 3 * 256 * 1024 + 2 * 256) + 2 * 512 * 256 + 256)
+    whole, adapters = needs(train=config)["train"], needs(train=replace(config, rank=8))["train"]
+    assert whole > memory.MARGIN * 3 * weights  # gradients and two moments in float32
+    assert adapters < whole - memory.MARGIN * 2 * weights
+    assert needs(train=replace(config, teacher="dense"))["train"] == close((whole / memory.MARGIN) + weights)
+    assert needs(train=replace(config, checkpointing=True))["train"] < whole
 
 
 def test_available_memory_is_plausible() -> None:
     found = memory.available()
     assert found is None or 2**20 < found < 2**50
+
+
+def test_a_container_without_page_cache_is_what_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = {"memory.max": "1000", "memory.current": "700", "memory.stat": "active_file 100\ninactive_file 200\n"}
+    old = {"memory.limit_in_bytes": "900", "memory.usage_in_bytes": "500",
+           "memory.stat": "total_active_file 0\ntotal_inactive_file 50\n"}  # fmt: skip
+    for folder, content in (("two", files), ("one", old)):
+        (tmp_path / folder).mkdir()
+        for name, text in content.items():
+            (tmp_path / folder / name).write_text(text)
+    places = {"/sys/fs/cgroup": tmp_path / "two", "/sys/fs/cgroup/memory": tmp_path / "one"}
+    monkeypatch.setattr(memory, "Path", lambda path: places.get(path, Path(path)))
+    assert list(memory._containers()) == [(1000, 400), (900, 450)]
+    assert memory.available() == 450
+    (tmp_path / "one" / "memory.limit_in_bytes").write_text("max")
+    assert memory.available() == 600

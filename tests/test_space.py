@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import CONFIGS
+from tiny import CONFIGS, tiny
 
 from prunus.errors import UserError
-from prunus.models.families import dims, full
+from prunus.models.checkpoint import uniform_refusal
+from prunus.models.families import dims, family_of, full
 from prunus.searching.space import SearchSpace, space_of
+from prunus.steps import _stock as stock
 from prunus.subnetwork import LayerKept, LayerShape, SubNetwork
 
 UNITS: list[Any] = ["grid", "groups", "none"]
@@ -18,6 +21,19 @@ UNITS: list[Any] = ["grid", "groups", "none"]
 
 def weights(sub: SubNetwork) -> float:
     return sub.hidden * sum(2 * s.kv_heads * s.q_per_kv * 8 + 2 * s.kv_heads * 8 + 3 * s.mlp for s in sub.layers)
+
+
+@pytest.mark.parametrize("name", ["phi", "llama-mqa-tied-bias", "gemma2", "gpt2"])
+def test_uniform_spaces_hold_what_a_stock_configuration_holds(name: str) -> None:
+    model = tiny(name)
+    family, whole = family_of(model.config), full(model.config)
+    space = space_of(model.config, mlp_step=16, uniform=True, layer_order=range(4))
+    found = stock(SimpleNamespace(model=model, family=family), space)
+    assert (set(found.attention[0]) < set(space.attention[0])) is (name != "gemma2")  # which takes any number of heads
+    assert found.largest() == whole
+    for level in range(len(found.attention[0])):
+        for depth in range(len(found.depths)):
+            assert uniform_refusal(model.config, family, found.build([level, 1, depth, 0])) is None
 
 
 @pytest.mark.parametrize("uniform", [False, True])

@@ -121,7 +121,9 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
         for source in plan.calibrations:
             calibration.check(source, c.samples + c.holdout, column=c.column)
     hungriest = OURS if OURS in plan.methods else plan.methods[0]
-    loaded = loading.load_configured(config, work=Work.of(replace(config, method=hungriest, keep=plan.keeps)))
+    work = Work.of(replace(config, method=hungriest, keep=plan.keeps))
+    work = replace(work, beside=int(work.ours))  # our run loads a model of its own
+    loaded = loading.load_configured(config, work=work)
     with Run.open(out, recorded(config, plan), asdict(loaded.source), steps=STEPS) as record:
         bench = _Bench(config, plan, out, progress, loaded, record)
         rows = everything(record, list(bench.rows()))

@@ -188,7 +188,7 @@ def _target(checkpoint: str, format: str, quant: str | None, out: str | Path | N
         raise UserError(f"{str(out)!r} is a directory; --out takes the name of a file")
     if not gguf and target.is_file():
         raise UserError(f"{str(out)!r} is a file; --format {format} writes a directory")
-    if target == Path(checkpoint).expanduser().absolute():
+    if target.resolve() == Path(checkpoint).expanduser().resolve():
         raise UserError(f"{str(out)!r} is the checkpoint itself; give another --out")
     if target.exists() and not overwrite and (gguf or any(target.iterdir())):
         raise UserError(f"{str(out)!r} exists; give --overwrite to replace it, or another --out")

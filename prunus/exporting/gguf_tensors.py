@@ -264,8 +264,11 @@ def take_back(planned: Planned, stored: Tensor) -> None:
     stored: float32, as read from the file. Rows may be permuted, stacked or a part of a module's, and all of them
     multiplied by one factor: what the plan makes of ones, and of row numbers, says which went where.
     """
+    own: list[Any] = [module.weight for module in planned.modules]
+    before = [weight.data for weight in own]
+    for weight in own:  # row numbers are exact in float32, not in 16 bits
+        weight.data = torch.empty_like(weight.data, dtype=torch.float32)
     weights = [_weight(module) for module in planned.modules]
-    before = [weight.clone() for weight in weights]
     starts = np.cumsum([0, *(len(weight) for weight in weights)]).tolist()
     for weight in weights:
         weight.fill_(1.0)
@@ -273,8 +276,9 @@ def take_back(planned: Planned, stored: Tensor) -> None:
     for weight, start in zip(weights, starts, strict=False):
         weight.copy_(torch.arange(start, start + len(weight), dtype=weight.dtype)[:, None].expand_as(weight))
     source = (planned.make()[:, 0] / factor).round().long()
-    for weight, old in zip(weights, before, strict=True):
-        weight.copy_(old)
+    for weight, old in zip(own, before, strict=True):
+        weight.data = old
+    weights = [_weight(module) for module in planned.modules]
     for weight, start in zip(weights, starts, strict=False):
         here = (source >= start) & (source < start + len(weight))
         weight[source[here] - start] = (stored[here] / factor).to(weight)

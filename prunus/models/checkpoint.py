@@ -238,7 +238,10 @@ def save_files(
 
 
 def _exchange(partial: Path, target: Path) -> None:
-    """Give a finished directory its name; the one that had it is deleted only then, and put back if that fails."""
+    """Give a finished directory its name; the one that had it is deleted only then, and put back if that fails.
+
+    Files that somebody put into it (an exported one, say) are carried over, but for names that are taken.
+    """
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     replaced = target.exists()
     if replaced:
@@ -249,7 +252,22 @@ def _exchange(partial: Path, target: Path) -> None:
         if replaced and not target.exists():
             os.replace(old, target)
         raise
+    for path in _added(old) if replaced else ():
+        new = target / path.relative_to(old)
+        if not new.exists():
+            new.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, new)
     remove(old)
+
+
+def _added(directory: Path) -> list[Path]:
+    """Files in a directory of ours that its manifest does not name."""
+    try:
+        own = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return []
+    known = {directory / name for name in (*own, MANIFEST)}
+    return [path for path in directory.rglob("*") if path.is_file() and path not in known]
 
 
 def refuse_foreign(target: Path) -> None:
@@ -297,8 +315,10 @@ def _generation_config(model: Any, wanted: Any) -> Iterator[None]:
 
 def _open_to_all(directory: Path) -> None:
     """Give every file the permissions of config.json: safetensors leaves its files readable by their owner only."""
-    for path in directory.iterdir():
-        path.chmod((directory / "config.json").stat().st_mode)
+    mode = (directory / "config.json").stat().st_mode
+    for path in directory.rglob("*"):
+        if path.is_file():  # a tokenizer with several chat templates has a folder of them
+            path.chmod(mode)
 
 
 def _edit(path: Path, change: Any) -> None:
@@ -352,7 +372,7 @@ def verify(directory: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError) as error:
         raise UserError(f"{str(path)!r} is damaged ({error}); fetch or write the checkpoint again") from error
     for name, one in files.items():
-        if not matches(path.with_name(name), {"": one}):
+        if not matches(path.parent / name, {"": one}):
             raise UserError(f"{name!r} in {str(directory)!r} is not the file that was written; fetch or write it again")
     return manifest
 

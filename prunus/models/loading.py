@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -115,14 +116,14 @@ def load(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    device = own_device(device)
+    device = device_named(device)
+    found = _device(device)
     place = _find(model_id, revision)
     with _explained(place), _parsed_once(place):
         config = _config(place, trust_remote_code, compress)
         wanted = _dtype(config, dtype, place)
         needed = wanted or torch.float32
-        needed = computing(needed, _device(device)) if widen else needed
+        needed = computing(needed, found) if widen else needed
         refuse_too_large(config, needed, device, work)
         tokenizer = _tokenizer(place, config, trust_remote_code)
         model = _weights(place, config, wanted, trust_remote_code)
@@ -130,7 +131,7 @@ def load(
         check_finite(model)
     else:
         check(model, family_of(config))
-    model, own = model.to(_device(device)).eval(), model.dtype
+    model, own = model.to(found).eval(), model.dtype
     if widen and (wide := computing(own, device)) != own:
         cast(model, wide)
     return Loaded(model, tokenizer, _source(place, revision), model.generation_config, own)
@@ -269,6 +270,11 @@ def _dtype(config: Any, dtype: str, place: _Place) -> torch.dtype | None:
     return stored if isinstance(stored, torch.dtype) else None
 
 
+def device_named(device: str) -> str:
+    """The device that a setting names: "auto" is the GPU where there is one, "cuda" this process's own."""
+    return own_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
 def _device(device: str) -> torch.device:
     """The device of that name; a GPU with a number becomes the current one, by which memory and time are taken."""
     if device.partition(":")[0] == "mps":
@@ -355,10 +361,10 @@ def _explained(place: _Place) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, EOFError, UnpicklingError) as error:
         raise UserError(_reason(place, error)) from error
     except Exception as error:
-        if "Safetensor" not in type(error).__name__:
+        if not any(word in type(error).__name__ for word in ("Safetensor", "StrictDataclass")):
             raise
         raise UserError(_reason(place, error)) from error
 

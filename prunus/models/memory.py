@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from prunus.config import CompressConfig
 from prunus.errors import UserError
 from prunus.models.families import dims, family_of
 from prunus.models.precision import multiplies
+from prunus.training.learning import TrainConfig
+
+STEPS = ("score", "train", "reform", "search", "extract", "evaluate")
+MARGIN = 1.1  # allocators round up, and libraries hold buffers
 
 
 @dataclass(frozen=True)
@@ -26,18 +31,24 @@ class Work:
 
     samples: int = 0  # calibration windows, those held out included
     length: int = 0  # tokens in each
+    ours: bool = True  # False: a rival's method, which takes a copy of the model
     curvature: bool = False  # second moments of the gradients are taken
     sequential: int = 0  # windows of the sequential pass; 0: there is none
     keep: float = 0.0  # the largest share of the blocks that a network keeps
+    train: TrainConfig | None = None  # of the super-network; None: nothing is trained
+    beside: int = 0  # copies of the whole model that stay beside it
+    steps: tuple[str, ...] = STEPS  # those that are still to be done
 
     @classmethod
-    def of(cls, config: CompressConfig) -> Work:
-        """The work of `compress` with these settings."""
-        c, r = config.calibration, config.reform
+    def of(cls, config: CompressConfig, steps: tuple[str, ...] = STEPS) -> Work:
+        """The work of these steps of `compress`."""
+        c, r, samples = config.calibration, config.reform, config.calibration.samples + config.calibration.holdout
         keep = max((target.value if target.kind == "keep" else 1.0 for target in config.targets), default=1.0)
-        refits = config.method == "prunus" and r.sequential and r.method != "none"
-        windows = min(c.samples, r.sequential_samples or c.samples) if refits else 0
-        return cls(c.samples + c.holdout, c.length, config.method == "prunus" and r.fisher > 0, windows, keep)
+        if config.method != "prunus":
+            return cls(samples, c.length, ours=False, keep=keep, steps=steps)
+        windows = min(c.samples, r.sequential_samples or c.samples) if r.sequential and r.method != "none" else 0
+        train = config.train if config.train.data else None
+        return cls(samples, c.length, True, r.fisher > 0, windows, keep, train, 0, steps)
 
 
 NOTHING = Work()
@@ -59,8 +70,8 @@ def memory_needs(config: Any, dtype: torch.dtype, work: Work) -> dict[str, int]:
     """Bytes that each step of a run needs beside the weights, at its worst moment; dtype: what the work is done in.
 
     Counted is what grows with the model: states of all windows that travel through the layers, one layer's Gram
-    matrices and their factors, the curvature of all layers, logits, and the weights of one network that is refitted
-    or extracted. What comes true is in benchmarks/results/memory.json.
+    matrices and their factors, the curvature of all layers, logits, the optimiser, and the weights of one network that
+    is refitted or extracted. What comes true is in benchmarks/results/memory_small.json.
     """
     if not work.samples:
         return {}
@@ -68,23 +79,35 @@ def memory_needs(config: Any, dtype: torch.dtype, work: Work) -> dict[str, int]:
     n, hidden, vocab = int(config.num_hidden_layers), d["hidden"], d["vocab"]
     inner = d["kv_heads"] * d["q_per_kv"] * d["head_dim"]
     blocks = sum(p.numel() for p in model.get_submodule(family_of(config).layers).parameters())
-    outside = sum(p.numel() for p in model.parameters()) - blocks
-    refitted = round(size * blocks * work.keep)
+    everything = sum(p.numel() for p in model.parameters())
+    refitted, writers = size * blocks * work.keep, size * n * hidden * (inner + d["mlp"]) * work.keep
+
+    def saved(tokens: int) -> int:
+        """What waits for the gradients, and float32 logits."""
+        return tokens * (n * size * (12 * hidden + 2 * inner + 5 * d["mlp"]) + vocab * (size + 16))
+
     curvature = 2 * 4 * n * hidden**2 if work.curvature else 0
     grams, square = 4 * (d["mlp"] ** 2 + inner**2), 4 * max(d["mlp"], inner) ** 2
-    window = min(work.length, 512)
-    saved = window * (n * size * (12 * hidden + 2 * inner + 5 * d["mlp"]) + vocab * (size + 16))  # for the gradients
     carried = work.samples * work.length * hidden * size
-    need = {"score": curvature + max(carried + grams + 3 * square, saved if work.curvature else 0)}
-    if work.curvature:
+    need: dict[str, float] = {
+        "evaluate": (2 if work.ours else 1) * refitted + size * (everything - blocks + 1024 * vocab)
+    }
+    if work.ours:
+        window = saved(min(work.length, 512)) if work.curvature else 0
+        need["score"] = curvature + max(carried + grams + 3 * square, window)
         judged = 2 * 256 * vocab * 2 * size + 5 * 4 * 2**24  # logits of the positions that a divergence is taken at
         need["reform"] = curvature + 2 * grams + 3 * square + judged
-        need["search"] = 2 * grams + 3 * square + judged + min(512 << 20, 2 * size * blocks)
+        need["search"] = 2 * grams + 3 * square + judged + writers + min(512 << 20, writers)
     if work.sequential:
         states = work.sequential * work.length * (8 * hidden + size * (6 * hidden + d["mlp"]))
-        need["extract"] = 3 * refitted // 2 + states + 4 * 128 * vocab * size + grams + 3 * square
-    need["evaluate"] = 2 * refitted + size * (outside + 2 * 512 * vocab)
-    return need
+        need["extract"] = 1.5 * refitted + states + 4 * 128 * vocab * size + grams + 3 * square
+    if work.train is not None:
+        t = work.train
+        learnt = everything if not t.rank else t.rank * n * (8 * hidden + 4 * inner + 3 * d["mlp"])
+        need["train"] = learnt * (16 if t.rank else 16 - size) + (everything * size if t.teacher == "dense" else 0)
+        need["train"] += saved(t.batch * t.length) / (n if t.checkpointing else 1)
+    copies = (work.beside + (not work.ours)) * everything * size
+    return {step: round(MARGIN * need[step]) + copies for step in STEPS if step in need and step in work.steps}
 
 
 def memory_need(config: Any, dtype: torch.dtype, work: Work = NOTHING) -> int:
@@ -95,7 +118,11 @@ def memory_need(config: Any, dtype: torch.dtype, work: Work = NOTHING) -> int:
 def available(device: str = "cpu") -> int | None:
     """Bytes that can still be had on a device, a container's limit included; None where the system does not say."""
     if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(torch.device(device))[0]) if torch.cuda.is_available() else None
+        if not torch.cuda.is_available():
+            return None
+        place = torch.device(device)
+        kept = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)  # freed, and still PyTorch's
+        return int(torch.cuda.mem_get_info(place)[0]) + kept
     if device != "cpu":
         return None
     try:
@@ -103,14 +130,26 @@ def available(device: str = "cpu") -> int | None:
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(cache["inactive_file"])
-        return min(free, limit - used)
-    except (OSError, KeyError, ValueError):  # no container, or one without a limit ("max")
-        return free
+    return min([free, *(limit - used for limit, used in _containers())])
+
+
+def _containers() -> Iterator[tuple[int, int]]:
+    """Limit and use in bytes of the control group that this process is in (version 2, then 1), where it has a limit.
+
+    Pages of files can be taken back at any time, so they do not count as used.
+    """
+    both = (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    )
+    for folder, limit, used, prefix in both:
+        try:
+            group = Path(folder)
+            most, now = int((group / limit).read_text()), int((group / used).read_text())
+            pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            yield most, now - sum(int(pages[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+        except (OSError, KeyError, ValueError):  # no container of that version, or one without a limit ("max")
+            continue
 
 
 def give_back() -> None:
@@ -137,7 +176,7 @@ def refuse_too_large(config: Any, dtype: torch.dtype, device: str = "cpu", work:
     advice, half = [], torch.bfloat16
     if dtype == torch.float32 and multiplies(half, device) and memory_need(config, half, work) <= free:
         advice.append("--dtype bfloat16")
-    if weights < free and step in ("score", "extract"):
+    if weights < free and (step == "extract" or (step == "score" and work.curvature)):
         advice.append("fewer or shorter calibration windows")
         advice.append("--set reform." + ("sequential=false" if step == "extract" else "fisher=0"))
     where = f" and {needs[step] / 1e9:.1f} GB for the step {step}" if step else ""

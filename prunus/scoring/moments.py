@@ -159,7 +159,9 @@ def fisher(
         finally:
             for hook in hooks:
                 hook.remove()
-    return totals[0] / ids.numel(), totals[1] / ids.numel()
+    for total in totals:
+        total /= ids.numel()
+    return totals[0], totals[1]
 
 
 @contextmanager

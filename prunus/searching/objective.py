@@ -110,6 +110,7 @@ class Divergence:
         last: SubNetwork | None = None
         for sub in subs:
             values: list[float] = []
+            weights: Override = {}  # those of the candidate before go first
             with torch.no_grad():
                 weights = self.weights(sub)  # once for all windows: a large model's outgrow any cache of them
                 for b, batch in enumerate(batches):

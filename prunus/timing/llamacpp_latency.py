@@ -23,6 +23,7 @@ from prunus.exporting.gguf_tensors import STUB, n_bytes, plan
 from prunus.machine import words
 from prunus.models.checkpoint import blank
 from prunus.models.families import Family, dims, full
+from prunus.models.memory import available
 from prunus.models.slicing import extract, layers_of
 from prunus.progress import Progress, silent
 from prunus.subnetwork import LayerShape, SubNetwork
@@ -161,16 +162,27 @@ def time_networks(
         models = [partial(extract, model, family, sub) for sub in networks]
         paths = write_files(models, quant, Path(directory), progress)
         with progress("time of whole networks in llama.cpp"):
-            try:
-                return llamacpp.timed(paths, request, rounds=rounds, threads=torch.get_num_threads())
-            except llamacpp.LlamaCppError as error:
-                raise UserError(f"llama.cpp cannot run networks of this model: {error}") from error
+            return _timed(paths, request, rounds)
+
+
+def _timed(paths: Sequence[Path], request: Request, rounds: int) -> tuple[Array, Array]:
+    """All files in turns, for which all of them are in memory at once."""
+    need, free = sum(path.stat().st_size for path in paths), available()
+    if free is not None and need > free:
+        raise UserError(
+            f"timing in llama.cpp holds {len(paths)} networks in memory: {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            "are free; give a smaller --quant, or leave --runtime out"
+        )
+    try:
+        return llamacpp.timed(paths, request, rounds=rounds, threads=torch.get_num_threads())
+    except llamacpp.LlamaCppError as error:
+        raise UserError(f"llama.cpp cannot run networks of this model: {error}") from error
 
 
 def compare(dense: Any, small: Any, request: Request, quant: str) -> dict[str, float]:
     """As `latency.compare`, in llama.cpp."""
     with tempfile.TemporaryDirectory(prefix="prunus-") as directory:
         files = write_files([lambda: dense, lambda: small], quant, Path(directory), silent)
-        prefill, decode = llamacpp.timed(files, request, rounds=ROUNDS, threads=torch.get_num_threads())
+        prefill, decode = _timed(files, request, ROUNDS)
     first, second = laps_of(prefill, decode)
     return compared(first, second, request)

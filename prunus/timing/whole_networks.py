@@ -66,7 +66,8 @@ def plan_of(
     mixed = tuple(
         LayerShape(rng.choice(grid.kv_heads), rng.choice(grid.q_per_kv), rng.choice(grid.mlp)) for _ in range(n)
     )
-    between = (LayerShape(kv, q, (knots[-1] + knots[-2]) // 2 // 32 * 32 or knots[-1]),) * (n - 1)
+    below = knots[-2] if len(knots) > 1 else knots[-1]
+    between = (LayerShape(kv, q, (knots[-1] + below) // 2 // 32 * 32 or knots[-1]),) * (n - 1)
     possible = [SubNetwork(whole.hidden, own) for own in (*shapes, free)]
     networks = [sub for sub in possible if runs(sub)]
     left_out = next(
