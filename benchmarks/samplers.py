@@ -166,6 +166,7 @@ def picture(rows: list[dict[str, Any]], task: str | None) -> Figure:
     ways = list(dict.fromkeys(row["way"] for row in rows))
     plain = {way: way.removeprefix("importance-").removesuffix(", sorted") for way in ways}
     colours = list(dict.fromkeys(plain.values()))
+    marks = (*pictures.MARKS, (pictures.BLUE, "P"), (pictures.GREY, "X"))
     with mpl.rc_context(pictures.STYLE):
         shown = [("nats", "cross entropy on the test text (nats per token)")]
         shown += [(task, f"accuracy, {task}")] if task else []
@@ -174,7 +175,7 @@ def picture(rows: list[dict[str, Any]], task: str | None) -> Figure:
             for way, name in plain.items():
                 own = [(row["parameters"] / 1e6, row[key], row[f"{key}_se"]) for row in rows if row["way"] == way]
                 x, y, se = zip(*own, strict=True)
-                colour, marker = pictures.MARKS[colours.index(name) % len(pictures.MARKS)]
+                colour, marker = marks[colours.index(name) % len(marks)]
                 line = "-" if WAYS[way].ordered else "--"
                 ax.errorbar(x, y, se, label=way, color=colour, marker=marker, linestyle=line)
             ax.set_xlabel("all parameters (millions)")
