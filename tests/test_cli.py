@@ -394,7 +394,11 @@ def test_check(checkpoint: Path, tmp_path: Path) -> None:
     result = json.loads((tmp_path / "check.json").read_text())
     assert sum(part["parameters"] for part in result["parts"]) == result["parameters"]
     assert result["family"].startswith("llama")
+    needs = {one["step"]: one["beside_the_weights_bytes"] for one in result["steps"]}
+    assert list(needs) == ["score", "reform", "search", "extract", "evaluate"]
+    assert result["memory_needed_bytes"] == result["weights_bytes"] + max(needs.values())
     assert "the table covers every parameter" in done.stdout
+    assert "beside the weights" in done.stdout
 
 
 def test_check_of_nothing(tmp_path: Path) -> None:

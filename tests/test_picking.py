@@ -11,10 +11,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_pipeline import MODEL, TEXT, config, logits
+from tiny import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunus
-from prunus import cli
+from prunus import cli, picking
 from prunus.config import BudgetConfig
 from prunus.errors import UserError
 from prunus.models import costs
@@ -320,3 +321,11 @@ def test_the_command_takes_a_budget(run: Path, cache: Path) -> None:
     words = ["pick", str(run), "--speedup", "50", "--prompt", "48", "--batch", "1", "--generate", "4"]
     done = CliRunner().invoke(cli.app, words, obj=words)
     assert done.exit_code == 2 and "Speed-ups go from" in " ".join(done.output.split())
+
+
+def test_a_table_is_gone_by_where_it_was_measured() -> None:
+    model = tiny("llama")
+    here = {"device": "cpu, some processor", "dtype": "float32"}
+    assert picking._same_place(here, model)
+    assert not picking._same_place({**here, "device": "NVIDIA H200"}, model)
+    assert not picking._same_place({**here, "dtype": "bfloat16"}, model)
