@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ class Door(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         terminal = Terminal(quiet="--quiet" in ctx.obj)
+        os.environ.setdefault(
+            "TQDM_DISABLE", "1"
+        )  # read when tqdm is imported; transformers' GGUF bar heeds nothing else
         try:
             with terminal.notes():
                 return super().invoke(ctx)

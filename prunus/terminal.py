@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +83,6 @@ class Terminal:
 
 def calm_libraries() -> None:
     """Hides what transformers shows while it loads: its bars and its warnings. Imports it; call it in a verb only."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # its reader of GGUF files has a bar that nothing else stops
     from transformers.utils import logging as library
 
     library.disable_progress_bar()  # type: ignore[no-untyped-call]
