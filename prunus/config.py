@@ -320,11 +320,6 @@ class CompressConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score.method != "obs" and self.reform.order == "greedy" and self.method == "prunus":
-            raise UserError(
-                f"--score {self.score.method} orders units where --set reform.order=score is given too; otherwise "
-                "they are ordered by greedy removal, which needs no score"
-            )
         if self.search.space == "trained" and not self.train.data:
             raise UserError(
                 "search.space is trained, but nothing is trained; give --train FILE, or leave --search-space out"

@@ -308,7 +308,7 @@ class TaskError:
         with torch.no_grad(), activate(s.model, s.family, sub, self.weights(sub)):
             return evaluate_tasks(
                 s.model, s.tokenizer, self.asked, path=c.tasks_path, limit=c.task_limit,
-                skip=c.task_limit if draw < 0 else 0, seed=s.config.seed,
+                skip=c.task_limit if draw < 0 else 0, seed=s.config.seed, opened=True,
             )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from prunus.config import CompressConfig
 from prunus.models import costs
 from prunus.models.checkpoint import uniform_refusal
 from prunus.models.families import dims, family_of, full
-from prunus.models.loading import device_named, load_configured
+from prunus.models.loading import device_named, load_configured, usable
 from prunus.models.memory import Work, available, memory_needs
 from prunus.progress import Progress, silent
 from prunus.recording import pictures
@@ -25,7 +25,7 @@ def inspect_model(config: CompressConfig) -> dict[str, Any]:
 
     Raises UserError where it cannot be loaded, has no table, or does not agree with it.
     """
-    free = available(device_named(config.device))  # before the weights take their part of it
+    free = available(str(usable(device_named(config.device))))  # before the weights take their part of it
     loaded = load_configured(config)
     model = loaded.model
     family, whole, size = family_of(model.config), full(model.config), dims(model.config)

@@ -181,7 +181,7 @@ def _table(s: Session, run: CompressConfig) -> Timetable | None:
     """The table that a pick goes by: the run's own where it asks for the same times; None where nothing is timed."""
     if s.run.done("latency.json") and _timed(s.config) == _timed(run):
         own = steps.timetable_of(s)
-        if s.config.budget.runtime != "torch" or _same_place(own.key, s.model):
+        if s.config.budget.runtime == "llama.cpp" or _same_place(own.key, s.model):
             return own
     if s.config.constraint not in TIMES:
         return None
@@ -196,7 +196,7 @@ def _table(s: Session, run: CompressConfig) -> Timetable | None:
 
 
 def _same_place(key: Mapping[str, Any], model: Any) -> bool:
-    """True where a table of PyTorch's was measured on the kind of device, and in the type, that the model is on."""
+    """True where a table of PyTorch was measured on the kind of device, and in the type, that the model is on."""
     parameter = next(model.parameters())
     here = torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else f"{parameter.device.type}, "
     return str(key["device"]).startswith(here) and key["dtype"] == str(parameter.dtype).removeprefix("torch.")
@@ -438,6 +438,7 @@ def _refuse_taken(s: Session, name: str, made_of: dict[str, Any], out: Path | No
         return
     if was is None:
         raise UserError(f"{str(target)!r} is in the way and is no pick of this run; choose another --out")
+    was = {"levels": made_of["levels"], **was}  # older picks do not say
     differing = [key for key in made_of if was.get(key) != made_of[key]]
     if differing:
         words = {

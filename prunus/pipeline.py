@@ -34,6 +34,8 @@ def compress(config: CompressConfig, out: str | Path, progress: Progress = silen
     Raises UserError for everything that the user can mend, before long work wherever it can be known.
     """
     _refuse_several(bool(config.train.data))
+    if not (Path(out) / "manifest.json").is_file():
+        _refuse_idle(config)
     if not launched.is_main():
         return _join(Path(out))
     with meeting.leading():
@@ -50,6 +52,8 @@ def step(
     raw = {**flatten(read_manifest(out)["config"]), **overrides}
     config = CompressConfig.from_dict(raw)  # refuses what does not fit together before anything is deleted
     _refuse_several(name == "train" and bool(config.train.data))
+    if "score.method" in overrides:
+        _refuse_idle(config)
     if not launched.is_main():
         return _join(Path(out))
     if name not in ("extract", "report"):
@@ -62,7 +66,7 @@ def step(
 
     def admit(run: Run) -> None:
         if config.method == rivals.OURS:
-            loaded.append(_load(config, Path(out), name))
+            loaded.append(_load(config, Path(out), name, anew=bool(overrides) or again))
             run.refuse_other(asdict(loaded[0].source), "choose another --out")
             shapes = [key for key in asked if key.startswith("budget.") and key not in TARGETS]
             s = Session.of(run, config, loaded[0], progress)
@@ -82,6 +86,14 @@ def _refuse_several(training: bool) -> None:
         )
 
 
+def _refuse_idle(config: CompressConfig) -> None:
+    if config.score.method != "obs" and config.reform.order == "greedy" and config.method == rivals.OURS:
+        raise UserError(
+            f"--score {config.score.method} would order nothing: units are ordered by greedy removal, which needs no "
+            "score; give --set reform.order=score too, or leave --score out"
+        )
+
+
 def _join(out: Path) -> dict[str, Any]:
     """What the other processes of a training do: wait until the first one has all ready, and train with it."""
     if meeting.called():
@@ -94,12 +106,12 @@ def _join(out: Path) -> dict[str, Any]:
     return {}
 
 
-def _load(config: CompressConfig, out: Path, last: Step) -> loading.Loaded:
-    return loading.load_configured(config, work=Work.of(config, _left(config, out, last)))
+def _load(config: CompressConfig, out: Path, last: Step, *, anew: bool = False) -> loading.Loaded:
+    return loading.load_configured(config, work=Work.of(config, _left(config, out, last, anew)))
 
 
-def _left(config: CompressConfig, out: Path, last: Step) -> tuple[str, ...]:
-    """The steps up to `last` that a run has not done yet, for the estimate of the memory."""
+def _left(config: CompressConfig, out: Path, last: Step, anew: bool) -> tuple[str, ...]:
+    """The steps up to `last` that a run has not done yet, for the estimate of the memory; anew: the last one counts."""
     names = [target.name for target in config.targets]
     made = {
         "score": ["importance.safetensors"],
@@ -107,14 +119,16 @@ def _left(config: CompressConfig, out: Path, last: Step) -> tuple[str, ...]:
         "reform": ["errors.safetensors"],
         "search": [f"search/{name}.json" for name in names],
         "extract": [f"weights/{name}.safetensors" for name in names],
-        "evaluate": [f"models/{name}" for name in names],
+        "evaluate": [kind.format(name) for name in names for kind in ("evaluation/{}.json", "models/{}")],
     }
-    there: dict[str, Any] = read_manifest(out)["artefacts"] if (out / "manifest.json").is_file() else {}
+    manifest = read_manifest(out) if (out / "manifest.json").is_file() else {}
+    artefacts, before = manifest.get("artefacts", {}), manifest.get("config", {})
+    fresh = {file for file, entry in artefacts.items() if not entry.get("stale")}
     order = list(made)
     until = order[: order.index(last) + 1] if last in order[:4] else order
-    return tuple(
-        step for step in until if not all(there.get(file) and not there[file].get("stale") for file in made[step])
-    )
+    redone = set(until[order.index("evaluate" if last == "report" else last) :] if anew else ())
+    redone |= {"evaluate"} if before.get("test_text") != config.test_text else set()
+    return tuple(step for step in until if step in redone or not fresh.issuperset(made[step]))
 
 
 def _check(s: Session, own_table: bool = True, anew: bool = False) -> None:

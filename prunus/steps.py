@@ -345,7 +345,7 @@ def _space(s: Session, layer_order: Sequence[int]) -> SearchSpace:
 
 
 def _stock(s: Session, space: SearchSpace) -> SearchSpace:
-    """A uniform space without the heads and the depths that the family's stock configuration cannot hold."""
+    """A uniform space without the heads, depths and hidden sizes that the family's stock configuration cannot hold."""
 
     def held(gene: int) -> tuple[Any, ...]:
         options = space.genes[gene].options
@@ -353,7 +353,7 @@ def _stock(s: Session, space: SearchSpace) -> SearchSpace:
         refused = [checkpoint.uniform_refusal(s.model.config, s.family, sub) for sub in networks]
         return tuple(option for option, reason in zip(options, refused, strict=True) if reason is None)
 
-    return replace(space, attention=(held(0),) * space.n_layers, depths=held(2))
+    return replace(space, attention=(held(0),) * space.n_layers, depths=held(2), hidden=held(3))
 
 
 def space_of_run(s: Session) -> Space:
@@ -419,7 +419,8 @@ def _check_trained_space(s: Session, space: SearchSpace) -> None:
         )
     if c.uniform and not space.uniform:
         raise UserError(f"--uniform wants all layers alike, but in --space {c.train.space} each has widths of its own")
-    if c.uniform and not s.family.stock_heads and len(set(space.attention[0])) > 1:
+    asked = searchable(space_of_run(s), s.model.config, mlp_step=c.search.mlp_step)
+    if c.uniform and not s.family.stock_heads and len(set(asked.attention[0])) > 1:
         raise UserError(
             f"--uniform: a stock configuration of this family cannot lose heads, but --space {c.train.space} cuts "
             "them; leave --uniform out, or take --space llama"

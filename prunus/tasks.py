@@ -86,6 +86,7 @@ def evaluate_tasks(
     batch: int = 8,
     seed: int = 0,
     each: bool = False,
+    opened: bool = False,
     advance: Callable[[int], None] = lambda n: None,
 ) -> dict[str, Any]:
     """Accuracies of a model, with standard errors, as plain data.
@@ -93,13 +94,14 @@ def evaluate_tasks(
     path: a folder of lm-eval task files; only those are read then, which needs no network where they name local data.
     limit: examples of each task at most (of each of MMLU's subjects). skip: examples that come before those; it needs
     a limit. advance is told the tasks that are done. each: with the score of every example ("each" of a task, None
-    where lm-eval has a figure for all of them only), which two models can be compared by.
+    where lm-eval has a figure for all of them only), which two models can be compared by. opened: the data of
+    these tasks was opened before (`refuse_few`).
     Returns {"tasks": [{task, value, se, metric, shots, n}], "mean", "mean_se", "limit"}; the standard error of the mean
     is that of independent tasks. Raises UserError for a missing package, folder, task or data, before the first forward
     where it can be known.
     """
     manager, groups = manager_of(asked, path), list(dict.fromkeys(a.shots for a in asked))
-    if len(groups) > 1:  # lm-eval takes one number of shots at a time, and would open the last group's data last
+    if len(groups) > 1 and not opened:  # lm-eval would open the last group's data last
         refuse_few(asked, path, skip)
     from lm_eval.models.huggingface import HFLM
 

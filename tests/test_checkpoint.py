@@ -392,8 +392,13 @@ def test_a_tokenizer_with_several_chat_templates_and_files_of_others(tmp_path: P
         (path / name).write_text(name)
     save(model, tokenizer(), path, card="again", manifest={})
     assert "tool_use" not in str(verify(path)["files"])  # what was ours went
-    for name in ("model-f16.gguf", "notes/own.txt"):
+    for name in ("model-f16.gguf", "notes/own.txt", "config.json.bak"):
         assert (path / name).read_text() == name
+    (path / "prunus.json").write_text("[]")
+    save(model, None, path, card="", manifest={})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.before-1"]
+    assert (tmp_path / "out.before-1" / "model-f16.gguf").read_text() == "model-f16.gguf"
+    shutil.rmtree(tmp_path / "out.before-1")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -78,7 +78,6 @@ def test_keep_takes_every_spelling(given: Any, kept: tuple[float, ...]) -> None:
         ({"keep": [0.5, 0.5]}, r"each keep ratio counts once, given 0.5 0.5"),
         ({"keep_of": "block"}, r"keep_of is one of blocks, all; given 'block' \(did you mean 'blocks'\?\)"),
         ({"score__method": "wandas"}, r"did you mean 'wanda'"),
-        ({"score__method": "wanda"}, r"--set reform\.order=score"),
         ({"search__objective": "accuracy"}, r"search.objective is one of kl, ppl; given 'accuracy'"),
         ({"search__generations": -1}, r"search.generations lies in \[0, inf\)"),
         ({"search__generations": 1.5}, r"search.generations is a whole number; given 1.5"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from prunus.errors import UserError
 from prunus.models import memory, precision
 from prunus.models.loading import load
 from prunus.models.memory import Work, memory_needs
+from prunus.pipeline import _left
+from prunus.recording.run import FORMAT
 
 
 @pytest.fixture
@@ -113,6 +116,32 @@ def test_a_training_needs_its_optimiser() -> None:
     assert adapters < whole - memory.MARGIN * 2 * weights
     assert needs(train=replace(config, teacher="dense"))["train"] == close((whole / memory.MARGIN) + weights)
     assert needs(train=replace(config, checkpointing=True))["train"] < whole
+
+
+def test_what_is_done_needs_nothing(tmp_path: Path) -> None:
+    config = CompressConfig(model="x", keep=(0.5,))
+    rest = ("score", "train", "reform", "search", "extract", "evaluate")
+    assert _left(config, tmp_path, "report", False) == rest
+    assert _left(config, tmp_path, "reform", False) == rest[:3]
+    files = ["importance.safetensors", "supernet", "errors.safetensors", "search/keep-0.5.json",
+             "weights/keep-0.5.safetensors", "evaluation/keep-0.5.json", "models/keep-0.5"]  # fmt: skip
+    manifest: dict[str, Any] = {
+        "prunus_run": FORMAT,
+        "artefacts": {file: {} for file in files},
+        "config": config.to_dict(),
+    }
+
+    def left(config: CompressConfig, last: Any, anew: bool = False) -> tuple[str, ...]:
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        return _left(config, tmp_path, last, anew)
+
+    assert left(config, "report") == ()
+    assert left(config, "search", True) == ("search",)
+    assert left(config, "extract", True) == ("extract", "evaluate")
+    assert left(replace(config, test_text="t.txt"), "report") == ("evaluate",)
+    assert left(replace(config, keep=(0.5, 0.4)), "report") == ("search", "extract", "evaluate")
+    manifest["artefacts"]["errors.safetensors"] = {"stale": True}
+    assert left(config, "report") == ("reform",)
 
 
 def test_available_memory_is_plausible() -> None:

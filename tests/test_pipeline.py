@@ -444,6 +444,16 @@ def test_every_score_can_order_the_units(score: str, tmp_path: Path) -> None:
     assert 0 < result["chosen"][0]["kl_nats"] < 3
 
 
+def test_a_score_that_would_order_nothing_is_refused(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"give --set reform\.order=score too"):
+        compress(config(score__method="wanda"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    before = (run[0] / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match=r"give --set reform\.order=score too"):
+        step(run[0], "score", {"score.method": "wanda"})
+    assert (run[0] / "manifest.json").read_bytes() == before
+
+
 def test_one_step_again_with_another_setting(run: tuple[Path, dict[str, Any]]) -> None:
     out, _ = run
     found = step(out, "search", {"search.generations": "0"})  # as it is typed

@@ -29,7 +29,7 @@ from prunus.machine import environment, words
 from prunus.models import loading
 from prunus.models.checkpoint import verify
 from prunus.models.loading import Loaded
-from prunus.models.memory import Work
+from prunus.models.memory import NOTHING, Work
 from prunus.progress import Progress, silent
 from prunus.recording.artefact import load_json
 from prunus.recording.run import Run, read_manifest
@@ -123,6 +123,8 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
     hungriest = OURS if OURS in plan.methods else plan.methods[0]
     work = Work.of(replace(config, method=hungriest, keep=plan.keeps))
     work = replace(work, beside=int(work.ours))  # our run loads a model of its own
+    if (out / "manifest.json").exists():  # it has fitted before, and rows that are there take nothing
+        work = NOTHING
     loaded = loading.load_configured(config, work=work)
     with Run.open(out, recorded(config, plan), asdict(loaded.source), steps=STEPS) as record:
         bench = _Bench(config, plan, out, progress, loaded, record)

@@ -11,6 +11,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,8 @@ def save_files(
 def _exchange(partial: Path, target: Path) -> None:
     """Give a finished directory its name; the one that had it is deleted only then, and put back if that fails.
 
-    Files that somebody put into it (an exported one, say) are carried over, but for names that are taken.
+    Files that somebody put into it (an exported one, say) are carried over, but for names that are taken; where its
+    manifest cannot be read, all of it stays beside the new one.
     """
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     replaced = target.exists()
@@ -252,22 +254,26 @@ def _exchange(partial: Path, target: Path) -> None:
         if replaced and not target.exists():
             os.replace(old, target)
         raise
-    for path in _added(old) if replaced else ():
-        new = target / path.relative_to(old)
-        if not new.exists():
-            new.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, new)
-    remove(old)
+    if replaced:
+        try:
+            for path in _added(old):
+                new = target / path.relative_to(old)
+                if not os.path.lexists(new):
+                    new.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, new)
+            remove(old)
+        except (OSError, ValueError, KeyError, TypeError):  # what is whose cannot be told: nothing is lost
+            beside = (target.with_name(f"{target.name}.before-{n}") for n in count(1))
+            os.replace(old, next(path for path in beside if not os.path.lexists(path)))
 
 
 def _added(directory: Path) -> list[Path]:
-    """Files in a directory of ours that its manifest does not name."""
-    try:
-        own = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+    """Files and links in a directory of ours that its manifest does not name."""
+    if not any(directory.iterdir()):
         return []
+    own = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
     known = {directory / name for name in (*own, MANIFEST)}
-    return [path for path in directory.rglob("*") if path.is_file() and path not in known]
+    return [path for path in directory.rglob("*") if (path.is_symlink() or path.is_file()) and path not in known]
 
 
 def refuse_foreign(target: Path) -> None:

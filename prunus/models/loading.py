@@ -117,7 +117,7 @@ def load(
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
     device = device_named(device)
-    found = _device(device)
+    found = usable(device)
     place = _find(model_id, revision)
     with _explained(place), _parsed_once(place):
         config = _config(place, trust_remote_code, compress)
@@ -275,8 +275,8 @@ def device_named(device: str) -> str:
     return own_device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
 
-def _device(device: str) -> torch.device:
-    """The device of that name; a GPU with a number becomes the current one, by which memory and time are taken."""
+def usable(device: str) -> torch.device:
+    """The device of that name, or UserError; a GPU with a number becomes the current one, which is measured."""
     if device.partition(":")[0] == "mps":
         raise UserError(f"the device {device!r} cannot be used: scores are summed in float64, which it lacks; give cpu")
     try:

@@ -82,10 +82,7 @@ def memory_needs(config: Any, dtype: torch.dtype, work: Work) -> dict[str, int]:
     everything = sum(p.numel() for p in model.parameters())
     refitted, writers = size * blocks * work.keep, size * n * hidden * (inner + d["mlp"]) * work.keep
 
-    def saved(tokens: int) -> int:
-        """What waits for the gradients, and float32 logits."""
-        return tokens * (n * size * (12 * hidden + 2 * inner + 5 * d["mlp"]) + vocab * (size + 16))
-
+    saved = n * size * (12 * hidden + 2 * inner + 5 * d["mlp"])  # for a token's gradients
     curvature = 2 * 4 * n * hidden**2 if work.curvature else 0
     grams, square = 4 * (d["mlp"] ** 2 + inner**2), 4 * max(d["mlp"], inner) ** 2
     carried = work.samples * work.length * hidden * size
@@ -93,7 +90,7 @@ def memory_needs(config: Any, dtype: torch.dtype, work: Work) -> dict[str, int]:
         "evaluate": (2 if work.ours else 1) * refitted + size * (everything - blocks + 1024 * vocab)
     }
     if work.ours:
-        window = saved(min(work.length, 512)) if work.curvature else 0
+        window = min(work.length, 512) * (saved + vocab * (size + 16)) if work.curvature else 0
         need["score"] = curvature + max(carried + grams + 3 * square, window)
         judged = 2 * 256 * vocab * 2 * size + 5 * 4 * 2**24  # logits of the positions that a divergence is taken at
         need["reform"] = curvature + 2 * grams + 3 * square + judged
@@ -105,7 +102,8 @@ def memory_needs(config: Any, dtype: torch.dtype, work: Work) -> dict[str, int]:
         t = work.train
         learnt = everything if not t.rank else t.rank * n * (8 * hidden + 4 * inner + 3 * d["mlp"])
         need["train"] = learnt * (16 if t.rank else 16 - size) + (everything * size if t.teacher == "dense" else 0)
-        need["train"] += saved(t.batch * t.length) / (n if t.checkpointing else 1)
+        need["train"] += t.batch * t.length * saved / (n if t.checkpointing else 1)
+        need["train"] += 2 * size * min(t.batch * t.length * vocab, 2**29)  # one group of logits (`models.heads`)
     copies = (work.beside + (not work.ours)) * everything * size
     return {step: round(MARGIN * need[step]) + copies for step in STEPS if step in need and step in work.steps}
 

@@ -159,15 +159,16 @@ def time_networks(
 ) -> tuple[Array, Array]:  # fmt: skip
     """Milliseconds of the prompt and of one decoding step in llama.cpp, each (rounds, networks), in turns."""
     with tempfile.TemporaryDirectory(prefix="prunus-") as directory:
+        free = available()  # before the files: a temporary directory may lie in memory
         models = [partial(extract, model, family, sub) for sub in networks]
         paths = write_files(models, quant, Path(directory), progress)
         with progress("time of whole networks in llama.cpp"):
-            return _timed(paths, request, rounds)
+            return _timed(paths, request, rounds, free)
 
 
-def _timed(paths: Sequence[Path], request: Request, rounds: int) -> tuple[Array, Array]:
+def _timed(paths: Sequence[Path], request: Request, rounds: int, free: int | None) -> tuple[Array, Array]:
     """All files in turns, for which all of them are in memory at once."""
-    need, free = sum(path.stat().st_size for path in paths), available()
+    need = sum(path.stat().st_size for path in paths)
     if free is not None and need > free:
         raise UserError(
             f"timing in llama.cpp holds {len(paths)} networks in memory: {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
@@ -182,7 +183,8 @@ def _timed(paths: Sequence[Path], request: Request, rounds: int) -> tuple[Array,
 def compare(dense: Any, small: Any, request: Request, quant: str) -> dict[str, float]:
     """As `latency.compare`, in llama.cpp."""
     with tempfile.TemporaryDirectory(prefix="prunus-") as directory:
+        free = available()
         files = write_files([lambda: dense, lambda: small], quant, Path(directory), silent)
-        prefill, decode = _timed(files, request, ROUNDS)
+        prefill, decode = _timed(files, request, ROUNDS, free)
     first, second = laps_of(prefill, decode)
     return compared(first, second, request)
