@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from train import Bench, data_flags, moments_of
 
 from prunus.evaluation import perplexity, text_ids
+from prunus.machine import environment, words
 from prunus.models import costs
 from prunus.models.families import full
 from prunus.models.slicing import activate
@@ -220,13 +221,20 @@ def main() -> int:
     """Run one experiment and put its rows into the results file."""
     options = parsed()
     rows = run(Bench(options), options.out)
-    before = json.loads(options.results.read_text()) if options.results.exists() else {"rows": [], "commands": {}}
+    empty: dict[str, Any] = {"rows": [], "commands": {}, "origins": {}}
+    before = json.loads(options.results.read_text()) if options.results.exists() else empty
     commands = {**before["commands"], options.name: record.typed()}
+    origins = {**before["origins"], options.name: {"machine": words(), "versions": environment()}}
     rows_of_all = [*(row for row in before["rows"] if row["part"] != options.name), *rows]
     task = next((key for key in rows[0] if f"{key}_se" in rows[0] and key != "nats"), None)
     pictures.save(picture(rows, task), options.out / "samplers")
     record.write(
-        options.results, rows_of_all, views(rows_of_all), command="; ".join(commands.values()), commands=commands
+        options.results,
+        rows_of_all,
+        views(rows_of_all),
+        command="; ".join(commands.values()),
+        commands=commands,
+        origins=origins,
     )
     for row in rows:
         print({k: round(v, 4) if isinstance(v, float) and math.isfinite(v) else v for k, v in row.items()})

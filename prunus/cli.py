@@ -38,9 +38,7 @@ class Door(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         terminal = Terminal(quiet="--quiet" in ctx.obj)
-        os.environ.setdefault(
-            "TQDM_DISABLE", "1"
-        )  # read when tqdm is imported; transformers' GGUF bar heeds nothing else
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports it: transformers has a bar for GGUF files
         try:
             with terminal.notes():
                 return super().invoke(ctx)

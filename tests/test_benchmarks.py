@@ -88,10 +88,14 @@ def test_a_ruin_has_two_digits_and_a_part_its_own_command() -> None:
         "versions": {},
         "command": "a; b",
         "commands": {"a": "a"},
+        "origins": {"b": {"machine": "another", "versions": {"torch": "2"}}},
     }
     text = tables.view(data, "one", "f.json")
     assert "| x | 5.8e6 |\n| y | 99999.90 |" in text
     assert "`a` on m" in text
+    assert "`a; b` on another; torch 2." in tables.view(
+        {**data, "views": {"one": {**one, "where": {"part": "b"}}}}, "", ""
+    )
     assert tables.number(135213120, ",d") == "135,213,120"
     assert tables.number(float("inf"), ".2f") == "inf"
 

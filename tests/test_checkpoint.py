@@ -380,7 +380,9 @@ def test_every_unusable_model_gets_its_own_sentence(source: Path, tmp_path: Path
     load(str(source))
 
 
-def test_a_tokenizer_with_several_chat_templates_and_files_of_others(tmp_path: Path) -> None:
+def test_a_tokenizer_with_several_chat_templates_and_files_of_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, several, path = tiny("llama"), tokenizer(), tmp_path / "out"
     several.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     save(model, several, path, card="", manifest={})
@@ -397,6 +399,7 @@ def test_a_tokenizer_with_several_chat_templates_and_files_of_others(tmp_path: P
     (path / "prunus.json").write_text("[]")
     save(model, None, path, card="", manifest={})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.before-1"]
+    assert "out.before-1, since its record of files is damaged" in caplog.text
     assert (tmp_path / "out.before-1" / "model-f16.gguf").read_text() == "model-f16.gguf"
     shutil.rmtree(tmp_path / "out.before-1")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

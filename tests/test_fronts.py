@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from click.testing import CliRunner
 from hurry import painted
+from test_tasks import task_folder
 
 from prunus import fronts, steps
 from prunus.cli import app
@@ -187,19 +187,6 @@ def test_validation_loss_is_that_of_windows_which_are_not_trained_on(tmp_path: P
     ids, labels = held.ids[4:], held.labels[4:]
     nats = [float(loaded.model(ids[k : k + 1], labels=labels[k : k + 1]).loss.item()) for k in range(len(ids))]
     assert found["dense"][0] == pytest.approx(sum(nats) / len(nats), rel=1e-4)  # as transformers counts it
-
-
-def task_folder(folder: Path) -> Path:
-    """Reading lm-eval takes some seconds."""
-    lm_eval = pytest.importorskip("lm_eval")
-    rows = SHARED / "zeroshot" / "arc_easy"
-    if not rows.is_dir():
-        pytest.skip("needs the task data beside the project")
-    official = Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_easy.yaml"
-    folder.mkdir()
-    task = {"include": str(official), "task": "arc_easy", "dataset_path": str(rows)}
-    (folder / "arc_easy.yaml").write_text(yaml.safe_dump(task))
-    return folder
 
 
 def test_task_accuracy_is_an_objective_with_its_standard_error(tmp_path: Path) -> None:

@@ -278,21 +278,6 @@ def test_the_command_trains_an_existing_run(tmp_path: Path) -> None:
     assert "is no run of Prunus" in done.output
 
 
-def test_the_gain_over_another_model_is_of_paired_examples() -> None:
-    from prunus.tasks import difference
-
-    own = {"a": {"each": [1, 1, 0, 1]}, "b": {"each": [0.5, 0.0]}}
-    other = {"a": {"each": [1, 0, 0, 0]}, "b": {"each": [0.0, 0.0]}}
-    gain, error = difference(own, other) or (0, 0)
-    assert gain == pytest.approx((2 / 4 + 1 / 4) / 2)
-    # gains 0 1 0 1: variance 1/3, of the mean 1/12; .5 0: variance 1/8, of the mean 1/16
-    assert error == pytest.approx(math.sqrt(1 / 12 + 1 / 16) / 2)
-    assert difference(own, own) == (0, 0)
-    assert difference(own, {"c": {"each": [1, 0]}}) is None
-    assert difference(own, {"a": {"each": [1, 0]}, "b": {"each": [1, 0]}}) is None
-    assert difference({"a": {"each": None}}, {"a": {"each": None}}) is None
-
-
 def test_a_metric_that_is_asked_for_is_the_one_that_is_given() -> None:
     from prunus.tasks import Asked, _figure
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -19,18 +19,22 @@ MODEL, ROWS = SHARED / "models" / "stories260k-hf", SHARED / "zeroshot" / "arc_e
 needs_data = pytest.mark.skipif(not (MODEL.is_dir() and ROWS.is_dir()), reason="needs the data beside the project")
 
 
+def task_folder(folder: Path, name: str = "arc_easy", data: Path = ROWS) -> Path:
+    """The folder, with a task file: lm-eval's own ARC-easy under a name, on local data. Reading lm-eval is slow."""
+    lm_eval = pytest.importorskip("lm_eval")
+    if not ROWS.is_dir():
+        pytest.skip("needs the task data beside the project")
+    official = Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_easy.yaml"
+    folder.mkdir(exist_ok=True)
+    raw = {"include": str(official), "task": name, "dataset_path": str(data)}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    return folder
+
+
 @pytest.fixture
 def task(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a task file: lm-eval's own ARC-easy under another name, on local data."""
-    lm_eval = pytest.importorskip("lm_eval")
-
-    def write(name: str, data: Path = ROWS, **more: Any) -> Path:
-        official = Path(lm_eval.__file__).parent / "tasks" / "arc" / "arc_easy.yaml"
-        raw = {"include": str(official), "task": name, "dataset_path": str(data), **more}
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(raw))
-        return tmp_path
-
-    return write
+    """Writes task files into one folder."""
+    return partial(task_folder, tmp_path)
 
 
 @needs_data
@@ -83,3 +87,18 @@ def test_examples_of_groups_and_of_several_filters_stand_in_their_order() -> Non
     assert _each(samples, "mmlu", "acc", "strict") == [7.0, 2.0, 10.0]
     assert _each(samples, "mmlu", "word_perplexity", "strict") is None  # a figure of all examples together
     assert _each(samples, "boolq", "acc", "strict") is None
+
+
+def test_the_gain_over_another_model_is_of_paired_examples() -> None:
+    from prunus.tasks import difference
+
+    own = {"a": {"each": [1, 1, 0, 1]}, "b": {"each": [0.5, 0.0]}}
+    other = {"a": {"each": [1, 0, 0, 0]}, "b": {"each": [0.0, 0.0]}}
+    gain, error = difference(own, other) or (0, 0)
+    assert gain == pytest.approx((2 / 4 + 1 / 4) / 2)
+    # gains 0 1 0 1: variance 1/3, of the mean 1/12; .5 0: variance 1/8, of the mean 1/16
+    assert error == pytest.approx(math.sqrt(1 / 12 + 1 / 16) / 2)
+    assert difference(own, own) == (0, 0)
+    assert difference(own, {"c": {"each": [1, 0]}}) is None
+    assert difference(own, {"a": {"each": [1, 0]}, "b": {"each": [1, 0]}}) is None
+    assert difference({"a": {"each": None}}, {"a": {"each": None}}) is None

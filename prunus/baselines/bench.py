@@ -120,11 +120,10 @@ def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress 
     if not (out / "manifest.json").exists():  # rows that are there need no text any more
         for source in plan.calibrations:
             calibration.check(source, c.samples + c.holdout, column=c.column)
-    hungriest = OURS if OURS in plan.methods else plan.methods[0]
-    work = Work.of(replace(config, method=hungriest, keep=plan.keeps))
-    work = replace(work, beside=int(work.ours))  # our run loads a model of its own
-    if (out / "manifest.json").exists():  # it has fitted before, and rows that are there take nothing
-        work = NOTHING
+    work = NOTHING  # of a bench that is there: it has fitted before, and rows that are done take nothing
+    if not (out / "manifest.json").exists():
+        work = Work.of(replace(config, method=OURS if OURS in plan.methods else plan.methods[0], keep=plan.keeps))
+        work = replace(work, beside=int(work.ours))  # our run loads a model of its own
     loaded = loading.load_configured(config, work=work)
     with Run.open(out, recorded(config, plan), asdict(loaded.source), steps=STEPS) as record:
         bench = _Bench(config, plan, out, progress, loaded, record)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
@@ -30,6 +31,7 @@ from prunus.models.precision import stored
 from prunus.recording.artefact import fingerprint, flush, matches, place, remove, writing
 from prunus.subnetwork import LayerShape, SubNetwork
 
+log = logging.getLogger(__name__)
 MANIFEST = "prunus.json"
 CARD = "README.md"
 # keys that say which model this was, not what it is
@@ -263,8 +265,10 @@ def _exchange(partial: Path, target: Path) -> None:
                     os.replace(path, new)
             remove(old)
         except (OSError, ValueError, KeyError, TypeError):  # what is whose cannot be told: nothing is lost
-            beside = (target.with_name(f"{target.name}.before-{n}") for n in count(1))
-            os.replace(old, next(path for path in beside if not os.path.lexists(path)))
+            names = (target.with_name(f"{target.name}.before-{n}") for n in count(1))
+            beside = next(path for path in names if not os.path.lexists(path))
+            os.replace(old, beside)
+            log.warning("%s was replaced; what it held is in %s, since its record of files is damaged", target, beside)
 
 
 def _added(directory: Path) -> list[Path]:

@@ -48,7 +48,7 @@ class Work:
             return cls(samples, c.length, ours=False, keep=keep, steps=steps)
         windows = min(c.samples, r.sequential_samples or c.samples) if r.sequential and r.method != "none" else 0
         train = config.train if config.train.data else None
-        return cls(samples, c.length, True, r.fisher > 0, windows, keep, train, 0, steps)
+        return cls(samples, c.length, curvature=r.fisher > 0, sequential=windows, keep=keep, train=train, steps=steps)
 
 
 NOTHING = Work()

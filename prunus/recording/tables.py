@@ -1,7 +1,7 @@
 """Floor 4: rows of a results file as Markdown tables: what `prunus bench` writes and `benchmarks/render.py` redraws.
 
 A results file has "rows" (plain data), "views" (how to show them), "command", "machine" and "versions", and "commands"
-where its parts have one each; the views are described in benchmarks/README.md.
+and "origins" (machine and versions) where its parts have one each; the views are described in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def view(data: Mapping[str, Any], wanted: str, origin: str) -> str:
     rows = [row for row in data["rows"] if all(row.get(k) == v for k, v in one.get("where", {}).items())]
     parts = [across(rows, one) if "across" in one else columns(rows, one)]
     parts += [one["note"]] if "note" in one else []
-    versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
-    typed = data.get("commands", {}).get(one.get("where", {}).get("part"), data["command"])
-    parts.append(f"`{typed}` on {data['machine']}; {versions}. Figures: `{origin}`.")
+    part = one.get("where", {}).get("part")
+    typed, made = data.get("commands", {}).get(part, data["command"]), data.get("origins", {}).get(part, data)
+    versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+    parts.append(f"`{typed}` on {made['machine']}; {versions}. Figures: `{origin}`.")
     return "\n\n".join(parts)
 
 
