@@ -50,6 +50,20 @@ def test_shared_layers_are_not_run_twice() -> None:
     assert objective.forward_tokens == pytest.approx(32 * (1 + 1 / 4))
 
 
+def test_states_of_a_candidate_alone_are_not_kept() -> None:
+    """Nobody shares its layers, and the states of many windows before every layer are gigabytes."""
+    model = tiny("llama")
+    objective = Divergence(LayerStream(model, family_of(model.config)), tokens(6, 8), micro=2)
+
+    def kept(subs: list[SubNetwork]) -> list[int]:
+        values = objective._measure(subs, range(6), False)
+        assert len(next(values)) == 6
+        return [len(trail) for trail in values.gi_frame.f_locals["trails"]]  # type: ignore[attr-defined]
+
+    assert kept([ragged(model.config)]) == [0, 0, 0]
+    assert kept([ragged(model.config), full(model.config)]) == [5, 5, 5]
+
+
 def test_draws_are_fresh_and_reproducible() -> None:
     model = tiny("llama")
     stream = LayerStream(model, family_of(model.config))

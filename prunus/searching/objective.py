@@ -115,8 +115,8 @@ class Divergence:
                 weights = self.weights(sub)  # once for all windows: a large model's outgrow any cache of them
                 for b, batch in enumerate(batches):
                     values += self._batch(sub, weights, last, pool[batch], batch, holdout, trails[b])
-                if len(subs) == 1:  # nobody comes after it
-                    trails[b].clear()
+                    if len(subs) == 1:  # nobody comes after it
+                        trails[b].clear()
             last = sub
             yield values
 
