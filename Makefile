@@ -38,8 +38,7 @@ types: $(VENV)/python.stamp
 	$(BIN)/mypy --strict prunus
 
 tests: $(VENV)/dev.stamp types lint
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal -m "not real" $(PYTEST_FLAGS)
-	$(BIN)/python -m pytest -n $(TEST_JOBS) -m real $$(grep -l pytest.mark.real tests/*.py) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_FLAGS)
 
 format: $(VENV)/python.stamp
 	$(BIN)/ruff format .

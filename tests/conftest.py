@@ -11,6 +11,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent))
+SHARING = "PYTEST_XDIST_WORKER" in os.environ  # the cores, with other workers
+if SHARING:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 import pytest
 import torch
@@ -20,7 +23,16 @@ from hurry import ALL_THREADS, hurry
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Before the fixtures of a test, those of its whole module too."""
-    hurry(ALL_THREADS if item.get_closest_marker("real") else 1)
+    hurry(ALL_THREADS if item.get_closest_marker("real") and not SHARING else 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real runs begin when half of the laws are done, not after the last: each takes little more than one core. Of
+    two workers the second begins in the middle of the list (worksteal), so three quarters are half of its share."""
+    real = [item for item in items if item.get_closest_marker("real")]
+    laws = [item for item in items if not item.get_closest_marker("real")]
+    begin = len(laws) * 3 // 4
+    items[:] = [*laws[:begin], *real, *laws[begin:]]
 
 
 @pytest.fixture
