@@ -54,7 +54,8 @@ def view(name: str, results: Path) -> str:
     if not path.exists():
         return f"*No figures yet: `benchmarks/results/{file}.json` does not exist.*"
     data = json.loads(path.read_text(encoding="utf-8"))
-    return tables.view(data, wanted, f"benchmarks/results/{file}.json")
+    shown = benchpages.view if data["command"].startswith("prunus bench ") else tables.view
+    return shown(data, wanted, f"benchmarks/results/{file}.json")
 
 
 def picture(name: str, results: Path) -> Figure:
@@ -63,7 +64,7 @@ def picture(name: str, results: Path) -> Figure:
     rows = json.loads((results / f"{file}.json").read_text(encoding="utf-8"))["rows"]
     if not fast:
         return benchpages.picture(rows)
-    return benchpages.speeds(rows[0], [row for row in rows if row.get("structured") and "prefill_speedup" in row])
+    return benchpages.speeds(rows[0], [row for row in rows if row.get("structured")])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

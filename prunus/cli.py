@@ -291,13 +291,17 @@ ONE_NETWORK = tuple(key for key in LEARNING if key.partition(".")[2] not in ("sp
 @app.command(cls=Verb, short_help="Train one checkpoint further, by distillation.")
 @click.argument("checkpoint")
 @click.option("--teacher", metavar="MODEL", help="the model to imitate: the one that CHECKPOINT was made from")
+@click.option("--text", metavar="FILE", help="the same as --train, where it is plain text")
 @click.option("--out", metavar="DIR", required=True, help="where the trained checkpoint goes")
-def recover(checkpoint: str, teacher: str | None, out: str, **parameters: Any) -> None:
+def recover(checkpoint: str, teacher: str | None, text: str | None, out: str, **parameters: Any) -> None:
     """Train CHECKPOINT further, to imitate --teacher on the text or the answers of --train FILE.
 
     The same command again goes on where it stopped. Several processes: torchrun --nproc-per-node N -m prunus recover
     """
-    config = resolve(parameters["config"], {**given(parameters), "model": checkpoint})
+    flags = given(parameters)
+    if text and flags.setdefault("train.data", text) != text:
+        raise UserError(f"--text {text} and --train {flags['train.data']} name two training data; give one of them")
+    config = resolve(parameters["config"], {**flags, "model": checkpoint})
     terminal = Terminal(parameters["quiet"])
     from prunus.training.recovery import recover
 

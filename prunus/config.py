@@ -256,12 +256,11 @@ class RivalConfig(Section):
     """What other people's methods may spend; they use the calibration text of ours."""
 
     prefix: ClassVar[str] = "rival."
-    search_tokens: int = setting(
-        100_000, "forward tokens that a rival's search may spend on each network", step="score", low=1
+    search_tokens: int = setting(100_000, "forward tokens of a rival's search for each network", step="score", low=1)
+    generations: int = setting(
+        5, "generations of Shen et al.'s evolution (theirs: 50), which share rival.search_tokens", step="score", low=1
     )
-    window: int = setting(
-        1024, "tokens of the window that greedy rivals and searches judge candidates by", step="score", low=8
-    )
+    window: int = setting(1024, "tokens of the window that rivals judge candidates by", step="score", low=8)
     gradients: int = setting(10, "calibration sequences that LLM-Pruner's gradients come from", step="score", low=1)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from prunus import machine
 from prunus.choosing import open_record
-from prunus.errors import UserError
 from prunus.evaluation import chunked, compare_speed, perplexity, text_ids
 from prunus.finishing import holdout_nats
 from prunus.models import costs
@@ -109,6 +108,16 @@ def measure_dense(s: Session) -> Network:
     return _as_network(found)
 
 
+def measure_trained(s: Session) -> Network:
+    """The same figures of the trained full network, whose imitation the others are."""
+    with s.progress("evaluation of the trained full network"):
+        found: Any = s.run.do(
+            "evaluate", "evaluation/trained.json",
+            lambda: {**network(s, "full network, trained", s.whole), **judged(s, s.model)},
+        )  # fmt: skip
+    return _as_network(found)
+
+
 def check_text(s: Session) -> None:
     """Refuse a text to score on that cannot be read, is too short, or has windows longer than the model's positions."""
     c = s.config
@@ -165,8 +174,9 @@ def card(s: Session, name: str, found: Network, dense: Network, license_name: st
     for axis, title in TITLES.items():
         if axis in found.get("in_front", {}):
             how = ", with one-shot weights" if axis in MEASURED else ""
-            theirs, own = (float(one["in_front"][axis][0]) for one in (dense, found))
-            rows.append((f"{title}, in the front{how}", _exact(theirs), _exact(own)))
+            title = title.replace("dense model", "trained full network") if s.tier else title
+            theirs, own = (_exact(*one["in_front"][axis]) for one in (dense, found))
+            rows.append((f"{title}, in the front{how}", theirs, own))
     speed = [("prefill", found.get("prefill_speedup")), ("decoding", found.get("decode_speedup"))]
     rows += [(f"{what}, speed on the machine that made it", "1.00 x", f"{v:.2f} x") for what, v in speed if v]
     table = "\n".join(f"| {a} | {b} | {c} |" for a, b, c in rows)
@@ -213,8 +223,9 @@ def _advice(s: Session) -> str:
     )
 
 
-def _exact(value: float) -> str:
-    return f"{value:,.0f}" if value.is_integer() else f"{value:.4f}"
+def _exact(value: float, error: float | None) -> str:
+    shown = f"{value:,.0f}" if float(value).is_integer() else f"{value:.4f}"
+    return shown if error is None else f"{shown} ± {error:.2g}"
 
 
 def _tier(s: Session) -> str:
@@ -240,9 +251,14 @@ def manifest(s: Session, sub: SubNetwork, found: Network) -> dict[str, Any]:
 
 
 def report_data(
-    s: Session, p: Prepared | None, dense: Network, chosen: Mapping[str, Network], command: str
+    s: Session,
+    p: Prepared | None,
+    dense: Network,
+    chosen: Mapping[str, Network],
+    command: str,
+    trained: Network | None = None,
 ) -> ReportData:
-    """Everything that the report shows; p: None where nothing was searched."""
+    """Everything that the report shows; p: None where nothing was searched; trained: the full network, where it was."""
     calibration = s.config.calibration
     return {
         "model": s.config.model,
@@ -275,6 +291,7 @@ def report_data(
         "machine": machine.words(),
         "prompt": PROMPT,
         **({"error_curves": error_curves(s, p)} if p else {}),  # type: ignore[typeddict-item]
+        **({"training": {**s.run.notes["train"], "network": trained}} if trained else {}),  # type: ignore[typeddict-item]
         **({"draws": drawn(s)} if s.config.train.data and drawn(s) else {}),  # type: ignore[typeddict-item]
         **({"types": types} if (types := _types(s)) else {}),  # type: ignore[typeddict-item]
         **({"latency": json.loads(s.timetable.to_json())} if s.timetable else {}),  # type: ignore[typeddict-item]
@@ -342,8 +359,6 @@ def scores(s: Session, orders: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def trained(s: Session) -> dict[str, Any]:
     """The result of the step `train`: what was trained, on what, and what it cost."""
-    if not s.config.train.data:
-        raise UserError("this run has no training data; name them with --train FILE")
     note = s.run.notes.get("train", {})
     found = drawn(s)
     picture = {"sizes": str(save_draws(found, s.run.directory / "report"))} if found else {}

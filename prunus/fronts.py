@@ -10,6 +10,7 @@ import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from prunus.choosing import BELIEFS, allocated, open_record
 from prunus.errors import UserError
 from prunus.models import costs
 from prunus.models.slicing import activate
-from prunus.recording.artefact import load_json
+from prunus.recording.artefact import digest, fingerprint, load_json
 from prunus.recording.run import Run
 from prunus.reforming import sensitivity
 from prunus.searching import pareto
@@ -111,12 +112,15 @@ def search_front(s: Session, p: Prepared, chosen: Mapping[str, SubNetwork]) -> d
         best = {side: [list(point["values"].values()) for point in found["front"]] for side, found in sides.items()}
         for side, share in volumes(best).items():
             sides[side]["hypervolume"] = share
+        dense = [axis.held([s.whole])[0] for axis in axes]
+        trained = {"kl": "KL to the trained full network (nats per token)"} if s.tier else {}
         found = {
             "objectives": list(c.objectives),
-            "titles": [TITLES[name] for name in c.objectives],
+            "titles": [trained.get(name, TITLES[name]) for name in c.objectives],
             "method": c.method,
             "evaluations": c.evaluations,
-            "dense": [value for value, _ in (axis.held([s.whole])[0] for axis in axes)],
+            "dense": [value for value, _ in dense],
+            "dense_errors": [error for _, error in dense],
             **sides,
         }
         return numbered(found)
@@ -159,7 +163,8 @@ def numbered(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def point(run: Run, number: int) -> dict[str, Any]:
-    """One point of a run's front: its row in RUN/search/front.json, with the dense model's values under "dense".
+    """One point of a run's front: its row in RUN/search/front.json, with the dense model's (value, error) under
+    "dense".
 
     Raises UserError where the run has no finished front, naming the command that makes it, or no such point.
     """
@@ -179,7 +184,8 @@ def point(run: Run, number: int) -> dict[str, Any]:
     if not 1 <= number <= len(rows):
         span = f"points 1 to {len(rows)}" if len(rows) > 1 else "one point, 1"
         raise UserError(f"the front of {where!r} has {span} (`{command}` lists them); given {number}")
-    dense = dict(zip(found["objectives"], found["dense"], strict=True))
+    errors = found.get("dense_errors", [None] * len(found["dense"]))  # older fronts do not say
+    dense = dict(zip(found["objectives"], zip(found["dense"], errors, strict=True), strict=True))
     return {**rows[number - 1], "dense": dense}
 
 
@@ -313,15 +319,22 @@ class TaskError:
 
 
 def _of_tasks(s: Session, p: Prepared) -> Axis:
-    objective, c = TaskError(s, p), s.config.front
+    objective = TaskError(s, p)
     judge: Objective = objective
-    ledger = Ledger(open_record(s, p, f"front accuracy of {' '.join(c.tasks)} x {c.task_limit}"), judge, "front")
+    ledger = Ledger(open_record(s, p, f"front accuracy of {_examples(s)}"), judge, "front")
 
     def held(subs: Sequence[SubNetwork]) -> list[Held]:
         found = (objective.found(sub, -1) for sub in subs)  # not in the record, which has no place for the errors
         return [(1 - one["mean"], one["mean_se"]) for one in found]
 
     return Axis("accuracy", lambda subs: [one.value for one in ledger.judge(subs, 0, 0)], held)
+
+
+def _examples(s: Session) -> str:
+    """Which examples an accuracy is of: tasks of other files are another objective, whatever their names are."""
+    c = s.config.front
+    files = f", files {digest(fingerprint(Path(c.tasks_path)))[:12]}" if c.tasks_path else ""
+    return f"{' '.join(c.tasks)} x {c.task_limit}{files}"
 
 
 def _of_cost(name: str, cost: Cost) -> Axis:

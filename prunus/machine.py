@@ -17,6 +17,8 @@ from typing import Any
 VERSION = "0.1.0"  # of Prunus, installed or not: pyproject.toml reads it here
 INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")  # the first two multiply bfloat16
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "optuna")
+TRAINING = ("accelerate", "peft")  # further ones, by which trainings may differ
+JUDGING = ("lm_eval", "datasets")  # and scores of tasks
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # glibc's names for the parameters of mallopt
 KEPT_BYTES = 2**30  # what is kept at the end of the heap, and the largest block that comes from it
 
@@ -29,12 +31,19 @@ class Meter:
     forward_tokens: int = 0
     peak_bytes: int = 0
     peak_cuda_bytes: int = 0
+    resident_bytes: int = field(default_factory=lambda: resident_bytes())  # when it began
+    resident_cuda_bytes: int = field(default_factory=lambda: resident_cuda_bytes())
 
     def see(self) -> None:
         """Take the peaks since the last reset into account."""
         self.peak_bytes = max(self.peak_bytes, peak_bytes())
         if cuda := _cuda():
             self.peak_cuda_bytes = max(self.peak_cuda_bytes, int(cuda.max_memory_allocated()))
+
+    def grown(self) -> tuple[int, int]:
+        """Peaks above what was resident when the measurement began, bytes: of the process, and on the CUDA device."""
+        cuda = self.peak_cuda_bytes - self.resident_cuda_bytes
+        return max(0, self.peak_bytes - self.resident_bytes), max(0, cuda)
 
 
 @cache
@@ -54,12 +63,16 @@ def words() -> str:
 
 def environment() -> dict[str, str]:
     """Versions of what computes, and of the machine's system; imports nothing."""
-    found = {"prunus": VERSION, "python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
-        try:
+    system = {"prunus": VERSION, "python": platform.python_version(), "platform": platform.platform()}
+    return {**system, **versions(*PACKAGES)}
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Versions of those of these packages that are installed; imports nothing."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -92,18 +105,34 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """Peak resident memory of this process since the last reset; since its start where there is no reset."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    if found := _status("VmHWM"):
+        return found
     try:
         import resource
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; 0 where the system does not say (anywhere but on Linux)."""
+    return _status("VmRSS")
+
+
+def resident_cuda_bytes() -> int:
+    """What PyTorch has allocated on the CUDA device now; 0 where none is in use."""
+    cuda = _cuda()
+    return int(cuda.memory_allocated()) if cuda else 0
+
+
+def _status(name: str) -> int:
+    """Bytes of one line of Linux's record of this process; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _cuda() -> Any:

@@ -309,7 +309,7 @@ def _picked(
     dense = {**describe.network(s, "dense", s.whole), **_dense(s)}
     if wanted.front:
         found["in_front"] = {axis: [v, wanted.front["errors"][axis]] for axis, v in wanted.front["values"].items()}
-        dense["in_front"] = {axis: [v, None] for axis, v in wanted.front["dense"].items()}
+        dense["in_front"] = {axis: list(one) for axis, one in wanted.front["dense"].items()}
     page = describe.card(s, name, found, dense)  # type: ignore[arg-type]
     record = {**describe.manifest(s, sub, found), "pick": {**wanted.asked, **made_of}}  # type: ignore[arg-type]
     if out is None:

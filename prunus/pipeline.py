@@ -35,6 +35,7 @@ def compress(config: CompressConfig, out: str | Path, progress: Progress = silen
     """
     _refuse_several(bool(config.train.data))
     if not (Path(out) / "manifest.json").is_file():
+        config.train.refuse_idle()
         _refuse_idle(config)
     if not launched.is_main():
         return _join(Path(out))
@@ -52,6 +53,9 @@ def step(
     raw = {**flatten(read_manifest(out)["config"]), **overrides}
     config = CompressConfig.from_dict(raw)  # refuses what does not fit together before anything is deleted
     _refuse_several(name == "train" and bool(config.train.data))
+    if name == "train" and not config.train.data:
+        raise UserError("this run has no training data; name them with --train FILE")
+    config.train.refuse_idle(asked=overrides)
     if "score.method" in overrides:
         _refuse_idle(config)
     if not launched.is_main():
@@ -180,6 +184,7 @@ def _run(
             return describe.found(s, chosen, fronts.search_front(s, prepared, chosen) if asked else None)
         finishing.refit(s, prepared, ids, chosen)
         dense = dense or describe.measure_dense(s)
+        trained = describe.measure_trained(s) if s.tier and last == "report" else None
         figures = {}
         for name, sub in chosen.items():  # one network's weights at a time
             figures[name] = describe.measure(s, prepared, name, sub, finishing.stored(s, name))
@@ -190,7 +195,7 @@ def _run(
             return describe.found(s, chosen)
         command = shlex.join(["prunus", "compress", config.model, "--out", str(out), "--config", f"{out}/config.yaml"])
         front = fronts.search_front(s, prepared, chosen) if asked else None
-        data = describe.report_data(s, prepared, dense, figures, command)
+        data = describe.report_data(s, prepared, dense, figures, command, trained)
         if front:
             data["front"] = front
         return {**data, "report": str(write_report(run.directory, data))}

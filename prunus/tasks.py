@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from prunus import machine
 from prunus.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ def evaluate_tasks(
         "mean": sum(values) / len(values),
         "mean_se": math.sqrt(sum(e * e for e in errors)) / len(errors) if None not in errors else None,
         "limit": limit,
+        "versions": machine.versions(*machine.JUDGING),
     }
 
 

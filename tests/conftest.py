@@ -11,13 +11,14 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).parent))
-SHARING = "PYTEST_XDIST_WORKER" in os.environ  # the cores, with other workers
-if SHARING:
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 import pytest
 import torch
 from hurry import ALL_THREADS, hurry
+
+SHARING = "PYTEST_XDIST_WORKER" in os.environ  # the cores, with other workers
+if SHARING:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,9 @@ import torch
 from tiny import CONFIGS, tiny, tokens
 from torch import Tensor, nn
 
+from prunus import machine
 from prunus.baselines import angular, flap, laco, llm_pruner, magnitude, sleb
+from prunus.baselines import subject as methods
 from prunus.baselines.activity import activity
 from prunus.baselines.blockpruner import blocks, less
 from prunus.baselines.subject import Subject, best, even_widths, largest, leavers, without
@@ -79,6 +80,60 @@ def test_costs_are_charged_as_if_a_method_had_run_alone() -> None:
     assert first.forward_tokens == second.forward_tokens == s.ids.numel()
     assert other.forward_tokens == 0
     assert second.seconds > other.seconds
+
+
+class Process:
+    """A process whose memory is what a test says: bytes resident now, and at most since the last reset."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, resident: int) -> None:
+        self.now = self.most = resident
+        for where in (machine, methods):
+            monkeypatch.setattr(where, "reset_peak", lambda: setattr(self, "most", self.now))
+            monkeypatch.setattr(where, "resident_bytes", lambda: self.now)
+        monkeypatch.setattr(machine, "peak_bytes", lambda: self.most)
+
+    def takes(self, n: int, then: int = 0) -> None:
+        """n bytes for a moment, of which so many stay."""
+        self.most = max(self.most, self.now + n)
+        self.now += then
+
+
+def test_memory_is_a_methods_own_whatever_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A statistic takes 300 bytes and holds 80 (20 float32), another 250 and 40; the method takes 200 beside them.
+
+    So its peaks are 300, 80 + 250 and 80 + 40 + 200 above the dense model, when nothing is there and at any later time.
+    """
+    s = subject()
+    dense = 4 * sum(p.numel() for p in s.model.parameters()) + sum(b.nbytes for b in s.model.buffers())
+    process = Process(monkeypatch, 10**9)
+
+    def statistic(peak: int, n: int) -> Tensor:
+        process.takes(peak, then=4 * n)
+        return torch.zeros(n)
+
+    def method(own: int) -> None:
+        s.once("a", lambda: statistic(300, 20))
+        s.once("b", lambda: statistic(250, 10))
+        process.takes(own)
+
+    alone = s.run(lambda: method(200))[1]
+    assert alone.peak_bytes == dense + 330
+    assert s.run(lambda: process.takes(70))[1].peak_bytes == dense + 70  # a neighbour is not charged for them
+    s.run(lambda: s.once("gradients", lambda: statistic(10**8, 10**7)))
+    assert s.run(lambda: method(200))[1].peak_bytes == alone.peak_bytes
+    assert s.run(lambda: method(400))[1].peak_bytes == dense + 520
+    monkeypatch.setattr(methods, "resident_bytes", lambda: 0)  # no Linux: the dense model is in the peak of the process
+    assert s.run(lambda: process.takes(70))[1].peak_bytes == 70
+
+
+def test_a_method_is_not_charged_for_what_really_is_in_memory() -> None:
+    s = subject()
+    s.run(lambda: TABLE["magnitude"].run(s, 0.7))
+    before = s.run(lambda: TABLE["magnitude"].run(s, 0.7))[1]
+    s.once("gradients", lambda: {"some": [torch.ones(2**26)]})
+    after = s.run(lambda: TABLE["magnitude"].run(s, 0.7))[1]
+    assert s._memo["gradients"].held == (2**28, 0)
+    assert abs(after.peak_bytes - before.peak_bytes) < 2**26
 
 
 def test_the_table() -> None:
@@ -356,38 +411,6 @@ def test_laco_runs_no_network_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(ran) == 1
     assert again.sub == found.sub
     assert charged.forward_tokens == spent.forward_tokens  # as if it had been run alone
-
-
-# -------------------------------------------------------------------------------------------------------------- search
-
-
-def test_shen_and_random_spend_what_they_may() -> None:
-    s = subject(search_tokens=32 * 40)
-    shen = s.run(lambda: TABLE["shen"].run(s, 0.7))
-    random = s.run(lambda: TABLE["random"].run(s, 0.7))
-    for outcome, spent in (shen, random):
-        kept = costs.parameters(s.layout, outcome.sub) / s.blocks
-        assert 0.69 < kept <= 0.7
-        assert spent.forward_tokens < 32 * 45 + 3 * s.ids.numel()
-    assert "4 generations of 10" in shen[0].notes[0]
-    assert int(shen[0].notes[0].split()[0]) <= 41
-    assert "40 candidates" in random[0].notes
-
-
-def test_shen_reforms_its_winner_by_admm() -> None:
-    from prunus.baselines import shen_search
-
-    s = subject()
-    plain = shen_search.compress(s, 0.6, iterations=0)
-    reformed = shen_search.compress(s, 0.6)
-    assert plain.sub == reformed.sub
-    dense = logits(s.model, s.ids).log_softmax(-1)
-    far = [
-        float((dense.exp() * (dense - logits(m, s.ids).log_softmax(-1))).sum(-1).mean())
-        for m in (plain.model, reformed.model)
-    ]
-    assert far[1] < far[0]
-    assert math.isfinite(far[0])
 
 
 def test_magnitude_scores_groups_with_all_their_heads() -> None:

@@ -135,10 +135,16 @@ def test_rows_say_what_they_cost_and_how_to_make_them(texts: tuple[str, str], tm
     dense, flap, mask, refused = found["rows"]
     assert mask["ppl64"] > dense["ppl64"] and "speed" not in mask  # its shapes are the dense model's
     assert dense["ppl64"] == dense["perplexity"]["stories.txt"]["64"]["ppl"]
+    assert "--methods flap --keep 0.8 --calibration calibration.txt" in dense["command"]  # the shortest that makes it
+    assert "--methods mask-wanda-2:4 --keep 0.8" in refused["command"]
+    assert dense["n_bytes"] == 4 * dense["parameters"] > flap["n_bytes"]
+    assert dense["weights_mb"] == dense["n_bytes"] / 1e6
+    assert dense["decoded"] == flap["speed"]["dense"]["decode"]
     assert flap["ppl64"] > dense["ppl64"]
     assert 0.79 < flap["kept_blocks"] <= 0.8 < flap["kept_all"] < 1
     assert flap["forward_tokens"] == 8 * 64
-    assert flap["seconds"] > 0 and flap["peak_mb"] > 10
+    assert flap["seconds"] > 0
+    assert dense["weights_mb"] < flap["peak_mb"] < 250  # without Python and its libraries
     assert flap["prefill_speedup"] > 0 and flap["speed"]["small"]["decode"] > 0
     assert "--methods flap --keep 0.8 --calibration calibration.txt --text stories.txt" in flap["command"]
     assert "--samples 8 --length 64 --seed 0" in flap["command"]
@@ -227,6 +233,13 @@ def test_what_a_bench_cannot_be_asked(texts: tuple[str, str], tmp_path: Path) ->
     twin.write_text("Once.")
     with pytest.raises(UserError, match=r"give stories\.txt another name"):
         plan(texts, "flap", texts=(texts[1], str(twin)))
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(Path(texts[1]).read_bytes())
+    for sources in ((str(copy),), (texts[0], f"{texts[0]}:0.7,{copy}:0.3")):
+        with pytest.raises(UserError, match=r"stories\.txt' has the same bytes as the calibration text '.*copy\.txt'"):
+            plan(texts, "flap", calibrations=sources)
+    copy.write_bytes(b"x" + copy.read_bytes()[1:])  # as long, and another text
+    plan(texts, "flap", calibrations=(str(copy), "generated"))
     with pytest.raises(UserError, match="at least one"):
         plan(texts, "flap", texts=())
 
@@ -314,7 +327,7 @@ def test_quality_stands_against_measured_speed() -> None:
     assert list(decoding.lines[1].get_ydata()) == [1.1, 1.1]  # but as fast as it is
     assert list(size.lines[0].get_xdata()) == [50.0, 80.0]
     both = [*rows, *({**row, "calibration": "d"} for row in rows)]
-    lines = benchpages.speeds(dense, both).axes[2].lines
+    lines = benchpages.speeds(dense, both).axes[1].lines
     assert [line.get_label() for line in lines] == ["prunus, c", "flap, c", "prunus, d", "flap, d"]
     assert [line.get_linestyle() for line in lines] == ["-", "-", "--", "--"]
     scored = [{**row, "task_mean": 0.4, "task_mean_se": 0.02} for row in rows]

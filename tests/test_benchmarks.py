@@ -76,6 +76,18 @@ def test_blocks_are_drawn_from_the_files(renderer: ModuleType, pages: Path) -> N
     assert "No figures yet" in other
 
 
+def test_rows_of_a_bench_that_were_made_otherwise_are_told(renderer: ModuleType, pages: Path) -> None:
+    path = pages / "benchmarks" / "results" / "wiki.json"
+    data = json.loads(path.read_text())
+    data["rows"][1] |= {"machine": "2 cores", "command": "prunus bench demo --set rival.window=256"}
+    data["rows"][2]["machine"] = data["rows"][3]["machine"] = "8 cores"
+    told = "Made otherwise: ours (with `--set rival.window=256`); rival (on 8 cores)."
+    for command, known in (("prunus bench demo", True), ("python benchmarks/wiki.py", False)):
+        path.write_text(json.dumps({**data, "command": command}))
+        renderer.main(["--root", str(pages)])
+        assert (told in (pages / "README.md").read_text()) is known  # other files' rows have commands of other programs
+
+
 def test_a_ruin_has_two_digits_and_a_part_its_own_command() -> None:
     rows = [
         {"part": p, "way": w, "ppl": v} for p, w, v in (("a", "x", 5754299.76), ("a", "y", 99999.9), ("b", "x", 1.0))

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,6 +212,16 @@ def test_task_accuracy_is_an_objective_with_its_standard_error(tmp_path: Path) -
     assert [row["n"] for row in both] == [12, 6, 6]
     assert both[0]["value"] == pytest.approx((both[1]["value"] + both[2]["value"]) / 2)
     assert found["dense"][0] == pytest.approx(1 - both[2]["value"])  # judged on the examples that no search has seen
+    assert found["dense_errors"] == [pytest.approx(both[2]["se"]), None]
+    card = (Path(pick(tmp_path / "run", point=1)["picked"]) / "README.md").read_text()
+    line = next(row for row in card.splitlines() if row.startswith("| task error"))
+    assert line.count(" ± ") == 2, line
+    session: Any = SimpleNamespace(config=asked)
+    records = (tmp_path / "run" / "trials.journal").read_text()
+    assert f"front accuracy of {fronts._examples(session)}" in records
+    with (folder / "arc_easy.yaml").open("a") as file:
+        file.write("description: something else\n")  # another task of the same name
+    assert f"front accuracy of {fronts._examples(session)}" not in records
 
 
 def test_tasks_can_be_asked_of_an_active_narrower_network(tmp_path: Path) -> None:

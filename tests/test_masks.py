@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_rivals_by_hand import written_down
 from tiny import tiny, tokens
 
 from prunus.baselines.mask_magnitude import kept_of_matrices, matrices, n_m_mask, top_of
@@ -22,6 +23,32 @@ def test_two_of_four() -> None:
     with pytest.raises(UserError, match="multiple of 4; a matrix has 6"):
         n_m_mask(torch.ones(1, 6), (2, 4))
     assert top_of(torch.tensor([[1.0, 3.0, 2.0], [9.0, 8.0, 7.0]]), 2 / 3).int().tolist() == [[0, 1, 1], [1, 1, 0]]
+
+
+def test_magnitude_keeps_the_largest_weights_of_a_matrix_wherever_they_stand() -> None:
+    """Blocks of 304 parameters, 16 of them norms: 160 leave half of every matrix, and 232 three quarters.
+
+    Rows of the matrix keep 4, 1, 3 and 0 of their weights, 8 of 16, then 4, 1, 3 and 4; signs do not matter.
+    """
+    model = written_down()
+    up = torch.tensor([[-9.0, 8, -7, 6], [0.1, -5, 0.2, 0.3], [4, -3, 2, -0.4], [0.5, -0.6, 0.7, -0.8]])
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.copy_(up)
+        for parameter in model.model.layers[0].parameters():
+            parameter.fill_(-1.0)  # all alike: of equal ones the first stay
+    s = Subject(model, torch.arange(4)[:, None])
+    assert s.blocks == 304
+    half: Any = TABLE["mask-magnitude"].run(s, 160 / 304).model
+    assert half.model.layers[1].mlp.up_proj.weight.tolist() == [[-9, 8, -7, 6], [0, -5, 0, 0], [4, -3, 2, 0], [0] * 4]
+    assert half.model.layers[0].mlp.down_proj.weight.tolist() == [[-1] * 4, [-1] * 4, [0] * 4, [0] * 4]
+    assert half.model.layers[0].input_layernorm.weight.tolist() == [-1] * 4  # norms are no matrices
+    most: Any = TABLE["mask-magnitude"].run(s, 232 / 304).model
+    kept = torch.tensor([[1.0, 1, 1, 1], [0, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    assert torch.equal(most.model.layers[1].mlp.up_proj.weight, up * kept)
+    of_four: Any = TABLE["mask-magnitude-2:4"].run(s, 0.5).model
+    kept = torch.tensor([[1.0, 1, 0, 0], [0, 1, 0, 1], [1, 1, 0, 0], [0, 0, 1, 1]])
+    assert torch.equal(of_four.model.layers[1].mlp.up_proj.weight, up * kept)
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, up)
 
 
 def test_the_share_of_the_matrices_makes_up_for_norms() -> None:

@@ -97,10 +97,10 @@ def test_what_recover_cannot_do_is_refused_before_any_training(small: Path, tmp_
 
 
 def run_config(**changes: Any) -> CompressConfig:
+    quick = {"train__bins": 4, "train__draws": 3, "train__steps": 12, "train__lr": 1e-3}
     return config(
         MODEL, calibration__source=str(TEXT), calibration__samples=24, calibration__length=128, calibration__holdout=8,
-        search__mlp_step=8, train__bins=4, train__draws=3,
-        **{"keep": (0.6,), "search__generations": 0, "train__steps": 12, "train__lr": 1e-3, **changes},
+        search__mlp_step=8, **{"keep": (0.6,), "search__generations": 0, **quick, **changes},
     )  # fmt: skip
 
 
@@ -126,6 +126,57 @@ def test_a_run_trains_before_it_searches(trained: tuple[Path, dict[str, Any]]) -
     dense = AutoModelForCausalLM.from_pretrained(MODEL)
     super_network: Any = AutoModelForCausalLM.from_pretrained(out / "supernet")
     assert sum(p.numel() for p in super_network.parameters()) == sum(p.numel() for p in dense.parameters())
+
+
+def test_the_report_of_a_trained_run_tells_what_the_training_did(trained: tuple[Path, dict[str, Any]]) -> None:
+    out, data = trained
+    page, note = (out / "report.md").read_text(), data["training"]
+    assert "| KL to the trained full network (nats) |" in page and "KL to the dense" not in page
+    assert "12 steps, 6,144 tokens of tinystories_part.txt" in page
+    assert "| full network, trained | 100.00 % |" in page
+    for name in (key[5:-5] for key in note["held_out"][0] if key.endswith("M_nats")):
+        row = [f"{note['held_out'][k][f'eval_{name}_nats']:.4f}" for k in (0, -1)]
+        assert f"| {name} | {' | '.join(row)} |" in page
+    assert note["network"]["sample"] != data["dense"]["sample"] and note["versions"]["peft"]
+    assert json.loads((out / "evaluation" / "trained.json").read_text())["sample"] == note["network"]["sample"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "standard"},
+        {"strategy": "random", "sampler": "calibrated-ppl"},
+        {"strategy": "sandwich-grid", "sampler": "calibrated-magnitude", "space": "llama_joint"},
+        {"teacher": "dense", "sampler": "calibrated-kl", "space": "llama_joint", "ce": 0.5},
+    ],
+)
+def test_every_strategy_sampler_and_teacher_trains_a_run(
+    settings: dict[str, Any], trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    asked = {f"train.{key}": value for key, value in {**settings, "steps": 2, "eval_every": 1}.items()}
+    found = step(out, "train", asked)
+    looks = [row["step"] for row in found["held_out"]]
+    assert looks == [0, 1, 2, 2]  # before, after each step, and at the end
+    watched = [key for key in found["held_out"][0] if key.endswith("_nats")]
+    assert len(watched) >= 2 and all(math.isfinite(row[key]) for row in found["held_out"] for key in watched)
+    pool = json.loads((out / "pool.json").read_text())
+    assert ("sizes" in found) == bool(pool["networks"]) == (settings.get("strategy") != "standard")
+    chosen = [one for one in pool["bins"] if one["candidates"]]
+    assert len(chosen) >= 2 * bool(pool["bins"]) and all(one["chosen"] for one in chosen)
+
+
+def test_a_run_without_training_data_cannot_train(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["config"]["train"] = {"data": None}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    before = (out / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match="no training data"):
+        step(out, "train", {})
+    assert (out / "manifest.json").read_bytes() == before
 
 
 def test_sub_networks_of_the_trained_super_network_are_better(trained: tuple[Path, dict[str, Any]]) -> None:
@@ -210,7 +261,11 @@ def test_what_a_run_cannot_train_is_refused_before_any_long_work(
     monkeypatch.setattr(steps, "calibrate", lambda s: pytest.fail("calibrated"))
     for number, (changes, words) in enumerate(
         (
-            ({"train__strategy": "standard", "train__teacher": "dense"}, "would learn nothing by imitating it"),
+            (
+                {"train__strategy": "standard", "train__teacher": "dense", "train__bins": 22, "train__draws": 10},
+                "would learn nothing by imitating it",
+            ),
+            ({"train__strategy": "standard"}, "train.bins, train.draws would change nothing"),
             ({"train__data": str(tmp_path / "none.txt")}, "none.txt"),
             ({"train__report_to": "nowhere"}, "nowhere is not supported"),
             ({"train__length": 4096}, r"at most the model's .* --window 4096"),

@@ -268,7 +268,7 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, missing: str) -> None
     assert "One smaller network of 113.27 M" in text
     assert "What it cost" not in text
     assert ("perplexity" in text) == (missing == "kl_nats")
-    assert ("KL to dense" in text) == (missing == "perplexity")
+    assert ("KL to the dense model (nats)" in text) == (missing == "perplexity")
     assert png_size(tmp_path / "report" / "front.png")[0] > 800
 
 

@@ -17,9 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunus.baselines import flap, llm_pruner
 from prunus.baselines.activity import activity
+from prunus.baselines.blockpruner import less
 from prunus.baselines.subject import Subject, members
 from prunus.baselines.table import TABLE
 from prunus.models.slicing import extract
+from prunus.scoring.moments import writer_weight
 from prunus.subnetwork import LayerShape, SubNetwork
 
 GROUPS, HEADS, HEAD_DIM, NEURONS = 2, 4, 2, 4  # columns of the attention's writer: (group, head of the group, dim)
@@ -107,6 +109,74 @@ def test_flap_bias_takes_over_the_mean_of_what_leaves() -> None:
     assert biases[0, "mlp.down_proj.bias"].tolist() == pytest.approx([105, 0, 5, 5], rel=1e-4)
     assert biases[0, "self_attn.o_proj.bias"].tolist() == pytest.approx([1, 0, 0, 1], abs=1e-4)
     assert biases[1, "self_attn.o_proj.bias"].tolist() == pytest.approx([10, 0, 0, 10], abs=1e-4)
+
+
+def test_flap_mean_of_what_leaves_whole_goes_to_the_sub_layer_before() -> None:
+    """The groups of layer 1 give (1, 3, 1, 3) and (1, 0, 1, 0): (100, 160, 0, 0) and (10, 0, 0, 10) by their writer.
+
+    Its neurons give (5, 1, 0.5, 5) into columns 200 e_0, 10 e_1, 20 (e_0 + e_1), 10 (e_0 + e_2 + e_3).
+    """
+    s = subject(fluctuating())
+    held, some, none = {"attention": True, "mlp": True}, torch.tensor([0, 1]), torch.tensor([], dtype=torch.long)
+    every = torch.arange(4)
+
+    def biases(groups: Tensor, neurons: Tensor) -> dict[str, list[float]]:
+        sub = members(s, [some, groups], [torch.tensor([1, 2]), neurons])
+        found = flap.compensation(s, activity(s), sub, held)
+        return {f"{i} {path.split('.')[1]}": bias.tolist() for (i, path), bias in found.items()}
+
+    attention, mlp, own = [110, 160, 0, 10], [1000 + 10 + 50, 20, 50, 50], [105, 0, 5, 5]  # own: of layer 0's MLP
+    for groups, neurons, want in (
+        (none, every, {"0 down_proj": [a + b for a, b in zip(own, attention, strict=True)], "1 down_proj": [0] * 4}),
+        (some, none, {"0 down_proj": own, "1 o_proj": mlp}),
+        (none, none, {"0 down_proj": [sum(x) for x in zip(own, attention, mlp, strict=True)]}),
+    ):
+        found = biases(groups, neurons)
+        assert found.keys() == {"0 o_proj", *want}
+        for path, bias in want.items():
+            assert found[path] == pytest.approx(bias, rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama-mqa-tied-bias", "gpt2", "phi", "gpt_neox"])
+@pytest.mark.parametrize("gone", [(2, "attention"), (2, "mlp"), "layer"])
+def test_flap_loses_nothing_of_a_sub_layer_that_is_constant(name: str, gone: Any) -> None:
+    """One that gives the same whatever it reads leaves whole: its constant moves into a bias, and no logit changes."""
+    s = of(name)
+    places: list[Any] = [(2, "attention"), (2, "mlp")] if gone == "layer" else [gone]
+    sub = s.whole
+    for place in places:
+        with torch.no_grad():
+            writer_weight(s.stream.layers[2], flap.writers(s.family)[place[1]]).zero_()
+        sub = less(sub, place)
+    kept = [[torch.arange(n) for n in (shape.kv_heads, shape.mlp)] for shape in sub.layers]
+    sub = members(s, [groups for groups, _ in kept], [neurons for _, neurons in kept])
+    held = {"attention": True, "mlp": True}
+    small = extract(s.model, s.family, sub, flap.compensation(s, activity(s), sub, held))
+    assert flap.orphans(s, sub, held) == []
+    assert torch.allclose(logits(small, s), logits(s.model, s), atol=1e-5)
+    assert not torch.allclose(logits(extract(s.model, s.family, sub), s), logits(s.model, s), atol=1e-2)
+
+
+def test_flap_says_where_the_mean_of_a_whole_sub_layer_is_lost() -> None:
+    """Before an attention of qwen3 stands an MLP without a bias; before one of its MLPs an attention that has one."""
+    for name, lost in (("qwen3", [(2, "attention")]), ("gemma2", [(2, "attention"), (3, "mlp")]), ("llama", [])):
+        s = of(name)
+        sub = less(less(s.whole, (2, "attention")), (3, "mlp"))
+        assert flap.orphans(s, sub, flap.with_biases(s.model)[1]) == lost
+    low = TABLE["flap"].run(of("gemma2"), 0.2)
+    gone = sum(not shape.attends for shape in low.sub.layers) + sum(not shape.mlp for shape in low.sub.layers)
+    assert gone and f"the mean output of {gone} sub-layers that left whole is lost" in low.notes[-1]
+    assert "lost" not in str(TABLE["flap"].run(of("llama"), 0.2).notes)
+
+
+def of(name: str) -> Subject:
+    return Subject(tiny(name), tokens(6, 32))
+
+
+def logits(model: Any, s: Subject) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(s.ids, use_cache=False).logits
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------- wanda
@@ -243,3 +313,22 @@ def _nats(s: Subject, gone: list[tuple[str, int]]) -> float:
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits
     return float(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]))
+
+
+# ---------------------------------------------------------------------------------------------------------------- sleb
+
+
+def test_sleb_judges_all_that_is_left_after_every_removal() -> None:
+    """Two of four layers, each the best of all that were possible then, and not the two that are best alone."""
+    s = Subject(tiny("llama", seed=1), tokens(6, 32))
+
+    def nats(*layers: int) -> float:
+        return _nats(s, [(part, i) for i in layers for part in ("attention", "mlp")])
+
+    alone = sorted((1, 2, 3), key=nats)
+    first = alone[0]
+    second = min({1, 2, 3} - {first}, key=lambda i: nats(first, i))
+    assert second != alone[1]  # so judging once would not do
+    found = TABLE["sleb"].run(s, 0.5)
+    assert found.notes == (f"left in this order: {first}, {second}",)
+    assert found.sub.alive == tuple(i for i in range(4) if i not in (first, second))

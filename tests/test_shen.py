@@ -1,4 +1,5 @@
-"""Shen et al.'s evolution: masks keep their counts, table 1 and the published numbers hold, the constraint is met."""
+"""Shen et al.'s evolution: masks keep their counts, table 1 and the published numbers hold, the constraint is met; the
+whole method on a tiny model, beside random networks."""
 
 from __future__ import annotations
 
@@ -7,12 +8,22 @@ import random
 from typing import Any
 
 import pytest
+import torch
+from tiny import tiny, tokens
 from toy import Toy, blocks, llama_space, tiny_space
 
+from prunus.baselines import random_search, rivals, shen_search
+from prunus.baselines.subject import Subject
+from prunus.baselines.table import TABLE
+from prunus.config import resolve
 from prunus.errors import UserError
+from prunus.models import costs
+from prunus.progress import silent
+from prunus.searching.objective import Divergence, no_weights
 from prunus.searching.shen import RANGES, ShenSettings, mutate_mask, ranges_of, shen
 from prunus.searching.space import SearchSpace
 from prunus.searching.study import Record
+from prunus.subnetwork import SubNetwork
 
 
 def test_mask_mutation_keeps_counts_and_overlap() -> None:
@@ -147,3 +158,105 @@ def test_shen_has_the_published_numbers() -> None:
         ShenSettings(population=8)
     with pytest.raises(UserError, match="per-layer"):
         shen(llama_space(uniform=True), Toy(space), blocks, (0, 1), target=0.7)
+
+
+# ---------------------------------------------------------------------------------------- the method, and its control
+
+
+def subject(**given: Any) -> Subject:
+    return Subject(tiny("llama"), tokens(6, 32), **{"search_tokens": 32 * 12, **given})
+
+
+def test_shen_and_random_spend_what_they_may() -> None:
+    s = subject(search_tokens=32 * 40)
+    shen = s.run(lambda: TABLE["shen"].run(s, 0.7))
+    random = s.run(lambda: TABLE["random"].run(s, 0.7))
+    for outcome, spent in (shen, random):
+        kept = costs.parameters(s.layout, outcome.sub) / s.blocks
+        assert 0.69 < kept <= 0.7
+        assert spent.forward_tokens < 32 * 45 + 3 * s.ids.numel()
+    assert "4 generations of 10" in shen[0].notes[0]
+    assert int(shen[0].notes[0].split()[0]) <= 41
+    assert "40 candidates" in random[0].notes
+
+
+def test_shen_divides_its_budget_among_the_generations_that_were_asked_for() -> None:
+    """24 candidates: 2 generations of 10 at most; 5,000 are the published 50 of 100, one window each."""
+    for asked, found in ((1, "1 generations of 24"), (2, "2 generations of 12"), (50, "2 generations of 10")):
+        note = TABLE["shen"].run(subject(search_tokens=32 * 24, generations=asked), 0.7).notes[0]
+        assert note.endswith(f", {found}")
+    published = subject(search_tokens=32 * 5000, generations=50)
+    assert shen_search.evolution(published) == shen_search.shen.ShenSettings()
+    config = resolve(None, {"model": "any", "rival.generations": "7"})
+    assert rivals.subject_of(config, published.model, published.ids, silent).generations == 7
+    with pytest.raises(UserError, match="generations"):
+        resolve(None, {"model": "any", "rival.generations": 0})
+
+
+def test_the_best_of_random_networks_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twelve a judge who looks at nothing likes the seventh and the tenth best: the first of the two wins."""
+    seen: list[SubNetwork] = []
+
+    class Judge:
+        forward_tokens = 0.0
+
+        def measure(self, subs: list[SubNetwork], windows: list[int]) -> list[list[float]]:
+            seen.extend(subs)
+            return [[1.0 if i in (6, 9) else 3.0 - i / 100] for i in range(len(subs))]
+
+    monkeypatch.setattr(random_search, "judge_of", lambda *_: Judge())
+    outcome = TABLE["random"].run(subject(), 0.7)
+    assert len(seen) == 12 and seen[6] not in (*seen[:6], *seen[7:])
+    assert outcome.sub == seen[6]
+    assert outcome.notes == ("12 candidates",)
+
+
+def test_random_differs_from_shen_in_its_networks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both: the same window for the judge, as many candidates, and one reformation by 30 iterations of ADMM."""
+    s = subject(window=16, search_tokens=16 * 30)
+    judged: list[tuple[Any, ...]] = []
+    reformed: list[tuple[Any, ...]] = []
+    measure, reform = Divergence._measure, shen_search.reformed
+
+    def counted(self: Divergence, subs: Any, windows: Any, holdout: bool) -> Any:
+        judged.append((len(subs), list(windows), self.pool, self.kind, self.stride, self.weights))
+        return measure(self, subs, windows, holdout)
+
+    def kept(subject: Subject, model: Any, orders: Any, sub: SubNetwork, iterations: int = 30) -> Any:
+        network = reform(subject, model, orders, sub, iterations)
+        reformed.append((iterations, network, shen_search.extract(model, subject.family, sub)))
+        return network
+
+    monkeypatch.setattr(Divergence, "_measure", counted)
+    for module in (shen_search, random_search):
+        monkeypatch.setattr(module, "reformed", kept)
+    candidates = {}
+    for name in ("shen", "random"):
+        outcome = TABLE[name].run(s, 0.6)
+        candidates[name] = sum(n for n, *_ in judged)
+        for _, windows, pool, *how in judged:
+            assert windows == [0] and torch.equal(pool, s.judged()[:1]) and how == ["ppl", 1, no_weights], name
+        [(iterations, network, plain)] = reformed
+        assert iterations == 30 and outcome.model is network, name
+        assert divergence(s, network) < divergence(s, plain), name
+        judged.clear()
+        reformed.clear()
+    assert candidates["random"] == shen_search.evaluations(s) == 30
+    assert 20 < candidates["shen"] <= 31  # parents are not judged twice
+
+
+def divergence(s: Subject, model: Any) -> float:
+    """KL(dense || model) on the calibration tokens, nats."""
+    with torch.no_grad():
+        dense, other = (m(s.ids, use_cache=False).logits.log_softmax(-1) for m in (s.model, model))
+    return float((dense.exp() * (dense - other)).sum(-1).mean())
+
+
+def test_shen_reforms_its_winner_by_admm() -> None:
+    s = subject()
+    plain = shen_search.compress(s, 0.6, iterations=0)
+    reformed = shen_search.compress(s, 0.6)
+    assert plain.sub == reformed.sub
+    far = [divergence(s, m) for m in (plain.model, reformed.model)]
+    assert far[1] < far[0]
+    assert math.isfinite(far[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from prunus.baselines.table import OURS, TABLE, find, names
 from prunus.config import CompressConfig, flatten, settings
 from prunus.errors import UserError
 from prunus.evaluation import fingerprint, parameters, perplexity, shapes, text_ids
-from prunus.machine import environment, words
+from prunus.machine import Meter, environment, reset_peak, words
 from prunus.models import loading
 from prunus.models.checkpoint import verify
 from prunus.models.loading import Loaded
@@ -44,6 +45,7 @@ UNREAD = ("keep", "method", "test_text", "test_length", "test_chunks", "front") 
 TYPED = (*UNREAD, "model", "seed", "dtype", *(f"calibration.{key}" for key in ("source", "samples", "length")))
 MEASURED = ("perplexity", "ppl", "finite", "task", "shapes", "prefill", "decode", "speed", "timed")  # keys of a row
 SPEED = ("prefill_speedup", "decode_speedup", "speed")
+TOKENS = "token_hash/"  # notes of the record: the hash of each calibration's tokens
 METHOD_STEPS = ("calibrate", "score", "reform", "search", "extract")  # of a run of ours: what its network took
 
 
@@ -70,8 +72,7 @@ class Plan:
         for text in self.texts:
             if not Path(text).is_file():
                 raise UserError(f"no text file {text!r}; give --text FILE")
-            if Path(text).resolve() in {Path(source).resolve() for source in self.calibrations}:
-                raise UserError(f"{text!r} is test text and calibration text at once; figures on it would mean nothing")
+        rivals.refuse_calibrated(self.texts, self.calibrations)
         for files in (self.texts, self.calibrations):
             if twins := {name for name in map(_short, files) if [*map(_short, files)].count(name) > 1}:
                 raise UserError(f"rows name files without their directories: give {', '.join(twins)} another name")
@@ -148,8 +149,13 @@ def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, A
     there = [{**load_json(record.path(file)), "row_seconds": took} for file, took in files.items()]
     dense: dict[str, Any] = next((row.get("tasks", {}) for row in there if row["method"] == DENSE), {})
     known = [_which(row) for row in there]
-    refused = [_told(row) for row in asked if "refused" in row and _which(row) not in known]
-    there = [_told(row, dense) for row in there]
+    refused = [row for row in asked if "refused" in row and _which(row) not in known]
+    hashes = {key.removeprefix(TOKENS): one for key, one in record.notes.items() if key.startswith(TOKENS)}
+    for row in [*there, *refused]:  # of earlier versions, and refused before tokens were drawn
+        if (name := row.get("calibration")) in hashes:
+            row.setdefault("token_hash", hashes[name])
+    refused = [_told(row) for row in refused]
+    there = [_told({**row, **_decoded(row, there)}, dense) for row in there]
     order = (DENSE, *names())
     sources = list(dict.fromkeys(row.get("calibration", "") for row in there))
     return sorted(
@@ -166,6 +172,15 @@ def everything(record: Run, asked: Sequence[dict[str, Any]]) -> list[dict[str, A
 def _which(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """What no two rows of a bench have in common."""
     return row["method"], row.get("calibration"), row["kept"]
+
+
+def _decoded(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the dense model decodes: the median over all networks that were timed in turns with it, on its machine."""
+    alike = {key: row[key] for key in ("machine", "threads", "device") if key in row}.items()
+    timed = [one for one in rows if "speed" in one and "timed_with" not in one and alike <= one.items()]
+    if row["method"] != DENSE or not timed:
+        return {}
+    return {"decoded": statistics.median(one["speed"]["dense"]["decode"] for one in timed)}
 
 
 def _told(row: dict[str, Any], dense: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
@@ -188,15 +203,12 @@ def _spanned(rows: Sequence[Mapping[str, Any]], plan: Plan) -> dict[str, Any]:
     """The methods, shares and calibrations of all rows, so that one command makes them all."""
     own = [row for row in rows if row["method"] != DENSE]
     named = {slug(_short(source)): source for source in plan.calibrations}  # rows of earlier calls: by their own names
+    drawn = [row["calibration"] for row in own if "calibration" in row]
     return {
         "methods": tuple(dict.fromkeys([*(row["method"] for row in own), *plan.methods])),
         "keeps": tuple(sorted({*(row["kept"] for row in own), *plan.keeps}, reverse=True)),
-        "calibrations": tuple(dict.fromkeys([*(named.get(x, x) for x in _calibrations(own)), *plan.calibrations])),
+        "calibrations": tuple(dict.fromkeys([*(named.get(x, x) for x in drawn), *plan.calibrations])),
     }
-
-
-def _calibrations(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["calibration"] for row in rows if "calibration" in row))
 
 
 def recorded(config: CompressConfig, plan: Plan) -> dict[str, Any]:
@@ -286,9 +298,11 @@ class _Bench:
 
     def dense(self) -> dict[str, Any]:
         loading.say_type(self.model, self.loaded.dtype, self.config.dtype)
-        whole = parameters(self.model)
+        whole, asked = parameters(self.model)["all"], self.plan
+        first = {"methods": asked.methods[:1], "keeps": asked.keeps[:1], "calibrations": asked.calibrations[:1]}
         return {
-            "method": DENSE, "kept": 1.0, "kept_blocks": 1.0, "kept_all": 1.0, "parameters": whole["all"],
+            "method": DENSE, "kept": 1.0, "command": command(self.config, asked, self.out, **first),
+            "kept_blocks": 1.0, "kept_all": 1.0, "parameters": whole, "n_bytes": whole * self.loaded.dtype.itemsize,
             **self.measured(self.model), **self.where(),
         }  # fmt: skip
 
@@ -376,7 +390,7 @@ class _Source:
                 device=b.device, column=c.column,
             )  # fmt: skip
         fit, _ = calibration.split(ids, c.holdout)
-        b.record.note(f"token_hash/{self.name}", calibration.token_hash(fit))
+        b.record.note(f"{TOKENS}{self.name}", calibration.token_hash(fit))
         return fit.to(b.device)
 
     def row(self, method: str, keep: float) -> dict[str, Any]:
@@ -394,7 +408,7 @@ class _Source:
                 found = self.ours(keep) if method == OURS else self.rival(method, keep)
             if found["done"]:
                 found["peak_mb"] = found["peak_bytes"] / 1e6
-            return {**own, **found, **b.where()}
+            return {**own, "token_hash": b.record.notes[f"{TOKENS}{self.name}"], **found, **b.where()}
 
         try:
             return b.kept(f"rows/{self.name}/{slug(method)}-{keep:g}.json", compute)
@@ -419,6 +433,7 @@ class _Source:
     def ours(self, keep: float) -> dict[str, Any]:
         """From a run of `compress` beside the rows, which makes the networks of all shares together."""
         b, folder = self.bench, self.bench.out / "prunus" / self.name
+        beside = self.beside(folder)
         there = read_manifest(folder)["config"]["keep"] if (folder / "manifest.json").is_file() else []
         keeps = tuple(sorted({*there, *b.plan.keeps}, reverse=True))
         source = replace(b.config.calibration, source=self.source)
@@ -430,18 +445,28 @@ class _Source:
         spent = Spent(
             sum(step["seconds"] for step in steps),
             sum(step["forward_tokens"] for step in steps),
-            max(step["peak_bytes"] for step in steps),
-            max(step["peak_cuda_bytes"] for step in steps),
+            max(0, max(step["peak_bytes"] for step in steps) - beside[0]),
+            max(0, max(step["peak_cuda_bytes"] for step in steps) - beside[1]),
         )
-        layers = SubNetwork.from_json(_manifest_subnetwork(folder / network["path"]))
+        b.record.note(f"{TOKENS}{self.name}", read_manifest(folder)["notes"]["token_hash"])
+        layers = SubNetwork.from_json(str(verify(folder / network["path"])["subnetwork"]))
         note = f"one run for {len(keeps)} shares: its cost is that of all of them"
         found = _described(Outcome(small.model, layers, (note,)), spent, b.loaded)
         written = load_json(folder / "evaluation" / f"keep-{keep:g}.json")
         return {"done": True, **found, "structured": True, **b.measured(small.model, run=written)}
 
+    def beside(self, folder: Path) -> list[int]:
+        """Bytes (of the process, on a CUDA device) that are not our run's: the bench's model, what others remember.
 
-def _manifest_subnetwork(path: Path) -> str:
-    return str(verify(path)["subnetwork"])
+        Taken before the run loads a model of its own; the least of all calls that worked on it. 0 for runs of earlier
+        versions, which have no note of it.
+        """
+        reset_peak()
+        notes, key, now = self.bench.record.notes, f"beside/{self.name}", Meter()
+        least = [now.resident_bytes, now.resident_cuda_bytes]
+        before = notes.get(key, [0, 0] if (folder / "manifest.json").is_file() else least)
+        self.bench.record.note(key, [min(pair) for pair in zip(least, before, strict=True)])
+        return list(notes[key])
 
 
 def _described(outcome: Outcome, spent: Spent, dense: Loaded) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 An input j of a writer has the score Var(X_j) ||W_:,j||^2 (eq. 4); that of an attention is squared, as the released code
 does it. Scores are standardised within each layer, a KV group has the mean over its columns, and one threshold over all
 layers, groups and neurons meets the budget, each unit counted with its parameters. What is left out is replaced by its
-mean: b' = b + W_gone E[X_gone] (eq. 7), where the configuration can hold a bias.
+mean: b' = b + W_gone E[X_gone] (eq. 7), where the configuration can hold a bias. A sub-layer that leaves whole leaves
+its mean to the one before it: the released code keeps the bias of a writer that has lost all its inputs.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from prunus.baselines.activity import Activity, activity
 from prunus.baselines.subject import Outcome, Subject, members
 from prunus.errors import UserError
 from prunus.models import costs
-from prunus.models.families import dims, family_of
+from prunus.models.families import Family, dims, family_of
 from prunus.models.slicing import Override, extract
 from prunus.scoring.moments import writer_weight
 from prunus.subnetwork import LayerShape, SubNetwork
 
 # configuration keys that give the writers of a family a bias; phi, gpt_neox, opt and gpt2 have theirs always
 BIASES = {"attention": "attention_bias", "mlp": "mlp_bias"}
+Place = tuple[int, str]  # a sub-layer: layer, "attention" or "mlp"
 
 
 def compress(subject: Subject, keep: float, *, bias: bool = True) -> Outcome:
@@ -39,13 +41,15 @@ def compress(subject: Subject, keep: float, *, bias: bool = True) -> Outcome:
         lacking = " and ".join(which for which, there in held.items() if not there)
         kind = subject.model.config.model_type
         notes.append(f"a {kind} configuration holds no bias for the writer of {lacking}: no compensation there")
+    if bias and any(held.values()) and (lost := len(orphans(subject, sub, held))):
+        notes.append(f"the mean output of {lost} sub-layers that left whole is lost: no bias before them can hold it")
     return Outcome(extract(frame, subject.family, sub, override), sub, tuple(notes))
 
 
 def scores(subject: Subject, seen: Activity) -> tuple[Tensor, Tensor]:
     """Standardised scores: of KV groups (layers, groups), and of neurons (layers, neurons)."""
     found: dict[str, Tensor] = {}
-    for which, path in (("attention", subject.family.attention_writer), ("mlp", subject.family.mlp_writer)):
+    for which, path in writers(subject.family).items():
         by_layer = []
         for i, layer in enumerate(subject.stream.layers):
             score = seen.variance(which, i) * writer_weight(layer, path).double().square().sum(0)
@@ -90,8 +94,7 @@ def with_biases(model: Any) -> tuple[nn.Module, dict[str, bool]]:
     """
     family, config = family_of(model.config), model.config
     layer = model.get_submodule(family.layers)[0]
-    writers = {"attention": family.attention_writer, "mlp": family.mlp_writer}
-    there = {which: layer.get_submodule(path).bias is not None for which, path in writers.items()}
+    there = {which: layer.get_submodule(path).bias is not None for which, path in writers(family).items()}
     wanted = [BIASES[which] for which, has in there.items() if not has and hasattr(config, BIASES[which])]
     if not wanted:
         return model, there
@@ -105,17 +108,18 @@ def with_biases(model: Any) -> tuple[nn.Module, dict[str, bool]]:
     small.tie_weights()
     small = small.to(next(model.parameters()).device).eval()
     layer = small.get_submodule(family.layers)[0]
-    return small, {which: layer.get_submodule(path).bias is not None for which, path in writers.items()}
+    return small, {which: layer.get_submodule(path).bias is not None for which, path in writers(family).items()}
 
 
 def compensation(subject: Subject, seen: Activity, sub: SubNetwork, held: dict[str, bool]) -> Override:
-    """Biases that take over the mean of what leaves."""
-    d, override = dims(subject.model.config), {}
+    """Biases that take over the mean of what leaves, the old biases of sub-layers that leave whole included."""
+    d, taken = dims(subject.model.config), dict[Place, Tensor]()
     per_group = d["q_per_kv"] * d["head_dim"]
-    for i, (shape, kept) in enumerate(zip(sub.layers, sub.kept, strict=True)):
+    for i, kept in enumerate(sub.kept):
         layer = subject.stream.layers[i]
-        for which, path in (("attention", subject.family.attention_writer), ("mlp", subject.family.mlp_writer)):
-            if not held.get(which) or not (shape.attends if which == "attention" else shape.mlp):
+        for which, path in writers(subject.family).items():
+            place = (i, which) if stays(sub, (i, which)) else heir(subject, sub, (i, which))
+            if place is None or not held.get(place[1]):
                 continue
             units = torch.tensor((kept.kv_heads if which == "attention" else kept.mlp) or (), device=subject.device)
             if which == "attention":
@@ -124,5 +128,39 @@ def compensation(subject: Subject, seen: Activity, sub: SubNetwork, held: dict[s
             weight = writer_weight(layer, path).float()
             old = layer.get_submodule(path).bias
             moved = weight @ mean + (old.detach().float() if isinstance(old, Tensor) else 0)
-            override[i, f"{path}.bias"] = moved.to(weight.dtype)
-    return override
+            taken[place] = taken[place] + moved if place in taken else moved
+    return {(i, f"{writers(subject.family)[which]}.bias"): bias for (i, which), bias in taken.items()}
+
+
+def heir(subject: Subject, sub: SubNetwork, gone: Place) -> Place | None:
+    """The sub-layer whose bias stands for the mean output of one that leaves whole.
+
+    The last one before it that stays: nobody reads the residual stream between the two, so that it carries the same
+    constant. Where attention and MLP read the same stream, the MLP of the layer comes first, for its attention. None
+    where a norm stands between a writer and the stream.
+    """
+    if subject.family.post_norm:
+        return None
+    i, which = gone
+    parallel = subject.family.parallel and getattr(subject.model.config, "use_parallel_residual", True)
+    before: list[Place] = [(i, "attention")] if which == "mlp" else [(i, "mlp")] if parallel else []
+    before += [(j, other) for j in reversed(range(i)) for other in ("mlp", "attention")]
+    return next(place for place in before if stays(sub, place))  # the attention of layer 0 always does
+
+
+def orphans(subject: Subject, sub: SubNetwork, held: dict[str, bool]) -> list[Place]:
+    """Sub-layers that leave whole and whose mean output no bias takes over."""
+    gone = [(i, which) for i in range(len(sub.layers)) for which in held if not stays(sub, (i, which))]
+    heirs = [heir(subject, sub, place) for place in gone]
+    return [place for place, other in zip(gone, heirs, strict=True) if other is None or not held[other[1]]]
+
+
+def stays(sub: SubNetwork, place: Place) -> bool:
+    """Whether a network has anything of a sub-layer."""
+    shape = sub.layers[place[0]]
+    return shape.attends if place[1] == "attention" else shape.mlp > 0
+
+
+def writers(family: Family) -> dict[str, str]:
+    """Paths of the two writers of a layer."""
+    return {"attention": family.attention_writer, "mlp": family.mlp_writer}

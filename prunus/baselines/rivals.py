@@ -21,9 +21,11 @@ from prunus.models import checkpoint, costs, loading
 from prunus.models.families import family_of
 from prunus.models.memory import Work
 from prunus.progress import Progress
+from prunus.recording.artefact import fingerprint
 from prunus.recording.report import write_report
 from prunus.recording.run import Run
 from prunus.steps import Session
+from prunus.texts import calibration
 
 
 def check(config: CompressConfig) -> Baseline:
@@ -45,6 +47,23 @@ def check(config: CompressConfig) -> Baseline:
     if config.uniform:
         raise UserError(f"--uniform is for our own search; {config.method} keeps what it keeps, so leave it out")
     return baseline
+
+
+def refuse_calibrated(texts: Sequence[str], sources: Sequence[str]) -> None:
+    """Raise UserError for a test text that is calibration text too: the same file, or another one of the same bytes."""
+    parts = (name for source in sources for name, _ in calibration.mixture(source, 10**9))
+    files = [Path(name) for name in parts if Path(name).is_file()]
+    for text in map(Path, texts):
+        for file in files:
+            if text.resolve() == file.resolve():
+                raise UserError(
+                    f"{str(text)!r} is test text and calibration text at once; figures on it would mean nothing"
+                )
+            if text.stat().st_size == file.stat().st_size and fingerprint(text) == fingerprint(file):
+                raise UserError(
+                    f"the test text {str(text)!r} has the same bytes as the calibration text {str(file)!r}; figures on "
+                    "it would mean nothing: give another text to one of the two"
+                )
 
 
 def refuse_step(config: CompressConfig, verb: str) -> None:
@@ -89,8 +108,8 @@ def subject_of(config: CompressConfig, model: nn.Module, ids: Tensor, progress: 
     """What a configuration gives every method to work on."""
     r = config.rival
     return Subject(
-        model, ids, seed=config.seed, search_tokens=r.search_tokens, window=r.window, gradient_windows=r.gradients,
-        progress=progress,
+        model, ids, seed=config.seed, search_tokens=r.search_tokens, generations=r.generations, window=r.window,
+        gradient_windows=r.gradients, progress=progress,
     )  # fmt: skip
 
 
@@ -162,4 +181,4 @@ def sizes(outcome: Outcome, dense: nn.Module, width: int) -> dict[str, Any]:
     }
 
 
-__all__ = ["OURS", "check", "compress", "figures", "refuse", "refuse_step", "sizes", "subject_of"]
+__all__ = ["OURS", "check", "compress", "figures", "refuse", "refuse_calibrated", "refuse_step", "sizes", "subject_of"]

@@ -2,18 +2,19 @@
 
 `prunus.searching.shen` has the evolution with its published probabilities. It stands on the importance of eq. 1-3,
 judges the perplexity of networks that are not reformed on a fixed sample of the calibration text, and the winner's
-writers are reformed by 30 iterations of ADMM (eq. 7-9, mended as docs/search.md says). Only the budget is not theirs:
-about `search_tokens` forward tokens for a network, with populations in the published shares.
+writers are reformed by 30 iterations of ADMM (eq. 7-9, mended as docs/search.md says). Only the budget is not theirs,
+50 generations of 100: about `search_tokens` forward tokens for a network, divided among `generations`, with populations
+in the published shares.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunus.baselines.subject import Outcome, Subject
 from prunus.models import costs
@@ -25,25 +26,23 @@ from prunus.scoring import importance, moments
 from prunus.searching import shen
 from prunus.searching.objective import Divergence
 from prunus.searching.space import SearchSpace, space_of
+from prunus.subnetwork import SubNetwork
 
 Start = Literal["importance", "random"]
-GENERATIONS = 5  # the rest of the budget goes into the population
 SLACK = 0.005  # how far below the budget a network may stay
+ITERATIONS = 30  # of ADMM
 
 
-def compress(subject: Subject, keep: float, *, iterations: int = 30, start: Start = "importance") -> Outcome:
+def compress(subject: Subject, keep: float, *, iterations: int = ITERATIONS, start: Start = "importance") -> Outcome:
     """The best network that the evolution finds, reformed.
 
     start: the first masks keep the most important units, or random ones (the control of the paper's figure 3).
     """
     orders = sorted_by(subject) if start == "importance" else shuffled(subject)
-    folder = subject.once("grams", lambda: grams(subject))
     model = subject.copy()
     sort(model, subject.family, orders)
-    space = space_for(subject)
-    judge = Divergence(LayerStream(model, subject.family), subject.judged()[:1], kind="ppl", windows=(1,), stride=1)
-    n = evaluations(subject)
-    settings = shen.ShenSettings.sized(max(10, n // GENERATIONS), max(1, min(GENERATIONS, n // 10)))
+    space, judge = space_for(subject), judge_of(subject, model)
+    settings = evolution(subject)
     with subject.progress("evolution of Shen et al.", settings.generations) as advance:
         found = shen.shen(
             space, judge, lambda sub: costs.parameters(subject.layout, sub),
@@ -51,12 +50,35 @@ def compress(subject: Subject, keep: float, *, iterations: int = 30, start: Star
             target=keep, seed=subject.seed, settings=settings, progress=lambda _: advance(1),
         )  # fmt: skip
     subject.count(judge.forward_tokens)
-    database = levels.Levels(
-        model, subject.family, folder, orders=orders, method="admm" if iterations else "none", iterations=iterations
-    )
     sub = found.subnetwork
     note = f"{found.n_evaluations} candidates, {found.generations} generations of {settings.population}"
-    return Outcome(extract(model, subject.family, sub, database(sub)), sub, (note,))
+    return Outcome(reformed(subject, model, orders, sub, iterations), sub, (note,))
+
+
+def reformed(
+    subject: Subject, model: Any, orders: Mapping[str, Tensor], sub: SubNetwork, iterations: int = ITERATIONS
+) -> nn.Module:
+    """The network that a search chose, with its writers reformed by ADMM; 0 iterations leave them as they are.
+
+    model: the dense one, sorted by `orders`.
+    """
+    if not iterations:
+        return extract(model, subject.family, sub)
+    folder = subject.once("grams", lambda: grams(subject))
+    database = levels.Levels(model, subject.family, folder, orders=orders, method="admm", iterations=iterations)
+    return extract(model, subject.family, sub, database(sub))
+
+
+def judge_of(subject: Subject, model: nn.Module) -> Divergence:
+    """The loss of candidates, not reformed, on the first judging window."""
+    return Divergence(LayerStream(model, subject.family), subject.judged()[:1], kind="ppl", windows=(1,), stride=1)
+
+
+def evolution(subject: Subject) -> shen.ShenSettings:
+    """The generations that were asked for, or as many of 10 as the budget pays for; populations are the rest of it."""
+    n = evaluations(subject)
+    population = max(10, n // subject.generations)
+    return shen.ShenSettings.sized(population, max(1, min(subject.generations, n // 10)))
 
 
 def evaluations(subject: Subject) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunus.errors import UserError
-from prunus.machine import Meter, reset_peak
+from prunus.machine import Meter, reset_peak, resident_bytes
 from prunus.models import costs
 from prunus.models.families import Family, family_of, full
 from prunus.models.stream import LayerStream
@@ -35,20 +35,27 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a computation took. A backward pass counts as two forwards."""
+    """What a computation took. A backward pass counts as two forwards.
+
+    Peaks: of a method, with the dense model in them; of a statistic, above what was resident when it was begun.
+    """
 
     seconds: float = 0.0
     forward_tokens: int = 0
     peak_bytes: int = 0
     peak_cuda_bytes: int = 0
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(
-            self.seconds + other.seconds,
-            self.forward_tokens + other.forward_tokens,
-            max(self.peak_bytes, other.peak_bytes),
-            max(self.peak_cuda_bytes, other.peak_cuda_bytes),
-        )
+
+Sizes = tuple[int, int]  # bytes in the memory of the process, and on a CUDA device
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was computed once, what that took, and what it holds."""
+
+    value: Any
+    spent: Spent
+    held: Sizes
 
 
 @dataclass
@@ -63,6 +70,7 @@ class Subject:
     ids: Tensor
     seed: int = 0
     search_tokens: int = 100_000  # that a search may forward for one network
+    generations: int = 5  # that an evolution divides them among
     window: int = 1024  # tokens in the windows that greedy methods and searches judge by
     gradient_windows: int = 10  # that gradients are taken from
     micro: int = 4  # windows that run together
@@ -71,9 +79,9 @@ class Subject:
     layout: costs.Layout = field(init=False)
     whole: SubNetwork = field(init=False)
     stream: LayerStream = field(init=False)
-    _memo: dict[Hashable, tuple[Any, Spent]] = field(default_factory=dict)
-    _used: dict[Hashable, Spent] = field(default_factory=dict)
-    _tokens: list[int] = field(default_factory=lambda: [0])
+    _memo: dict[Hashable, Known] = field(default_factory=dict)
+    _used: dict[Hashable, Known | None] = field(default_factory=dict)  # in the order of use; None: made by this run
+    _meters: list[Meter] = field(default_factory=lambda: [Meter()])
     _folder: tempfile.TemporaryDirectory[str] | None = None
 
     def __post_init__(self) -> None:
@@ -113,38 +121,77 @@ class Subject:
 
     def count(self, tokens: float) -> None:
         """Add forward tokens to what is being computed."""
-        self._tokens[-1] += round(tokens)
+        self._meters[-1].forward_tokens += round(tokens)
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """The value of a computation that several methods or shares need; its cost is charged to each of them."""
         if key not in self._memo:
-            self._tokens.append(0)
-            value, spent = measured(compute)
-            spent += Spent(forward_tokens=self._tokens.pop())
-            self._memo[key] = value, spent
-            self._used[key] = replace(spent, seconds=0.0, forward_tokens=0)  # these are in the method's own already
+            found, spent = self._measured(compute)
+            self._memo[key] = Known(found, spent, sizes(tensors_in(found)))
+            self._used[key] = None
             self.count(spent.forward_tokens)
-        value, spent = self._memo[key]
-        self._used.setdefault(key, spent)
+        known = self._memo[key]
+        self._used.setdefault(key, known)
+        value: T = known.value
         return value
 
     def run(self, compute: Callable[[], T]) -> tuple[T, Spent]:
         """A value and what it took, with what was remembered from earlier computations."""
-        self._used, self._tokens = {}, [0]
-        value, spent = measured(compute)
-        spent += Spent(forward_tokens=self._tokens[0])
-        for one in self._used.values():
-            spent += one
-        return value, spent
+        self._used = {}
+        value, own = self._measured(compute)
+        known = [one for one in self._used.values() if one is not None]
+        dense = sizes((*self.model.parameters(), *self.model.buffers()))
+        dense = (dense[0] if resident_bytes() else 0, dense[1])  # where the system does not say, it is in the peak
+        host = charged(dense[0], own.peak_bytes, [(one.spent.peak_bytes, one.held[0]) for one in known])
+        cuda = charged(dense[1], own.peak_cuda_bytes, [(one.spent.peak_cuda_bytes, one.held[1]) for one in known])
+        seconds = own.seconds + sum(one.spent.seconds for one in known)
+        return value, Spent(seconds, own.forward_tokens + sum(one.spent.forward_tokens for one in known), host, cuda)
+
+    def _measured(self, compute: Callable[[], T]) -> tuple[T, Spent]:
+        """A value and what it took; peaks above what was resident before. Measurements around it go on."""
+        for outer in self._meters:
+            outer.see()
+        reset_peak()
+        meter = Meter()
+        self._meters.append(meter)
+        try:
+            value = compute()
+        finally:
+            for one in self._meters:
+                one.see()
+            self._meters.pop()
+        return value, Spent(time.monotonic() - meter.start, meter.forward_tokens, *meter.grown())
 
 
-def measured(compute: Callable[[], T]) -> tuple[T, Spent]:
-    """A value, with seconds and peak memory."""
-    reset_peak()
-    meter, start = Meter(), time.monotonic()
-    value = compute()
-    meter.see()
-    return value, Spent(time.monotonic() - start, 0, meter.peak_bytes, meter.peak_cuda_bytes)
+def charged(dense: int, own: int, known: Sequence[tuple[int, int]]) -> int:
+    """Peak memory of a method in bytes as if it had run alone: the dense model, and the most that came on top of it.
+
+    own: peak of its computation above what was resident when that began. known: peak and size of every statistic that
+    was there before, in the order of use: each is made beside those before it, and the method works beside all.
+    """
+    held, most = 0, 0
+    for peak, size in known:
+        most, held = max(most, held + peak), held + size
+    return dense + max(most, held + own)
+
+
+def sizes(tensors: Iterable[Tensor]) -> Sizes:
+    """Bytes of the memory behind tensors, what several share once."""
+    blocks = {(t.device.type, (s := t.untyped_storage()).data_ptr()): s.nbytes() for t in tensors}
+    cuda = sum(n for (device, _), n in blocks.items() if device == "cuda")
+    return sum(blocks.values()) - cuda, cuda
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in plain containers and dataclasses of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (t for one in value.values() for t in tensors_in(one))
+    elif isinstance(value, (list, tuple)):
+        yield from (t for one in value for t in tensors_in(one))
+    elif is_dataclass(value):
+        yield from tensors_in(vars(value))
 
 
 # ------------------------------------------------------------------------------------------------------------ widths

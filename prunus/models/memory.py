@@ -75,7 +75,7 @@ def memory_needs(config: Any, dtype: torch.dtype, work: Work) -> dict[str, int]:
     """
     if not work.samples:
         return {}
-    d, size, model = dims(config), dtype.itemsize, _described(config)
+    d, size, model = _widest(config), dtype.itemsize, _described(config)
     n, hidden, vocab = int(config.num_hidden_layers), d["hidden"], d["vocab"]
     inner = d["kv_heads"] * d["q_per_kv"] * d["head_dim"]
     blocks = sum(p.numel() for p in model.get_submodule(family_of(config).layers).parameters())
@@ -106,6 +106,13 @@ def memory_needs(config: Any, dtype: torch.dtype, work: Work) -> dict[str, int]:
         need["train"] += 2 * size * min(t.batch * t.length * vocab, 2**29)  # one group of logits (`models.heads`)
     copies = (work.beside + (not work.ours)) * everything * size
     return {step: round(MARGIN * need[step]) + copies for step in STEPS if step in need and step in work.steps}
+
+
+def _widest(config: Any) -> dict[str, int]:
+    """Every dimension, in the widest layer where layers differ."""
+    n, ragged = int(config.num_hidden_layers), str(config.model_type).startswith("prunus_")
+    layers = [dims(config.per_layer_config[i]) for i in range(n)] if ragged else [dims(config)]
+    return {name: max(one[name] for one in layers) for name in layers[0]}
 
 
 def memory_need(config: Any, dtype: torch.dtype, work: Work = NOTHING) -> int:

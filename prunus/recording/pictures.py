@@ -130,9 +130,13 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def front(
-    dense: Network, chosen: Sequence[Network], tried: Sequence[Tried] = (), keep_of: Literal["blocks", "all"] = "blocks"
+    dense: Network,
+    chosen: Sequence[Network],
+    tried: Sequence[Tried] = (),
+    keep_of: Literal["blocks", "all"] = "blocks",
+    far: str = "the dense model",
 ) -> Figure:
-    """Quality against size: KL to the dense model with every candidate tried, and perplexity where it was measured.
+    """Quality against size: divergence from `far` with every candidate tried, and perplexity where it was measured.
 
     A panel is left out when nothing was measured for it; candidates far above the chosen networks are counted at the
     upper edge instead of squeezing the rest.
@@ -145,6 +149,8 @@ def front(
         axes = figure.subplots(1, max(panels, 1), squeeze=False)[0]
         if show_kl:
             _kl_panel(axes[0], dense, chosen, tried, keep_of)
+            axes[0].set_ylabel(f"KL to {far} (nats per token)")
+            axes[0].set_title(f"Distance to {far}")
         if text is not None:
             _perplexity_panel(axes[-1], dense, chosen, text, keep_of)
         for ax in axes:
@@ -189,8 +195,6 @@ def _kl_panel(
         label = f"{n['parameters'] / 1e6:.4g} M"
         ax.annotate(label, (_kept(n, keep_of), n["kl_nats"]), (7, 7), textcoords="offset points", fontsize=9, zorder=6)
     _dense_mark(ax, dense, 0.0, (-8, 9))
-    ax.set_ylabel("KL to the dense model (nats per token)")
-    ax.set_title("Distance to the dense model")
     handles, labels = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], labels[::-1], loc="upper right", handletextpad=0.4)
 
@@ -460,7 +464,7 @@ def staircase(table: Timetable) -> Figure:
         return figure
 
 
-def front_of_times(dense: Network, chosen: Sequence[Network]) -> Figure:
+def front_of_times(dense: Network, chosen: Sequence[Network], far: str = "the dense model") -> Figure:
     """Quality against milliseconds: KL to the dense model, where the table puts each network and where it was found."""
     shown = sorted((n for n in chosen if "predicted_ms" in n and "kl_nats" in n), key=lambda n: n["predicted_ms"])
     with mpl.rc_context(STYLE):
@@ -480,7 +484,7 @@ def front_of_times(dense: Network, chosen: Sequence[Network]) -> Figure:
             ax.scatter([dense["predicted_ms"]], [0.0], s=95, marker="*", color=INK, zorder=7, clip_on=False)
             ax.annotate("dense", (dense["predicted_ms"], 0.0), (-8, 9), textcoords="offset points", ha="right")
         ax.set_xlabel("milliseconds of one request")
-        ax.set_ylabel("KL to the dense model (nats per token)")
+        ax.set_ylabel(f"KL to {far} (nats per token)")
         ax.set_title("Quality against time")
         ax.legend(loc="upper right")
         return figure

@@ -40,6 +40,7 @@ class ReportData(TypedDict):
     rival: NotRequired[dict[str, Any]]  # whose method it is, where it is not ours: name, title, paper, notes by network
     latency: NotRequired[dict[str, Any]]  # the table that times were predicted by, as JSON
     front: NotRequired[dict[str, Any]]  # a front of several objectives and its control: RUN/search/front.json
+    training: NotRequired[dict[str, Any]]  # of the super-network: data, tokens, losses; and the full "network"
     draws: NotRequired[dict[str, Any]]  # sizes that the training drew from: counts, least, most, sampler, empty bins
     types: NotRequired[dict[str, str]]  # where weights are stored in another type than they computed in: both
 
@@ -51,7 +52,8 @@ def write_report(run_dir: Path | str, data: ReportData) -> Path:
     """
     run_dir = Path(run_dir)
     folder = run_dir / "report"
-    pictures.save(pictures.front(data["dense"], data["chosen"], data["tried"], data["keep_of"]), folder / "front")
+    far = reference(data)
+    pictures.save(pictures.front(data["dense"], data["chosen"], data["tried"], data["keep_of"], far), folder / "front")
     if data["chosen"]:
         pictures.save(pictures.kept(data["dense"], data["chosen"]), folder / "kept")
     if data["steps"]:
@@ -59,7 +61,7 @@ def write_report(run_dir: Path | str, data: ReportData) -> Path:
     if data.get("error_curves"):
         pictures.save(pictures.errors(data["error_curves"]), folder / "errors")
     if "latency" in data:
-        pictures.save(pictures.front_of_times(data["dense"], data["chosen"]), folder / "latency")
+        pictures.save(pictures.front_of_times(data["dense"], data["chosen"], far), folder / "latency")
         pictures.save(pictures.staircase(Timetable.from_json(json.dumps(data["latency"]))), folder / "staircase")
     if data.get("front"):
         pictures.save(tradeoffs.searched_front(data["front"]), folder / "searched")
@@ -79,6 +81,7 @@ def markdown(data: ReportData) -> str:
         _times(data),
         _searched(data),
         _kept(data),
+        _training(data),
         _draws(data),
         _samples(data),
         _loading(data),
@@ -113,8 +116,18 @@ def _summary(data: ReportData) -> str:
     return "\n\n".join(lines)
 
 
+def reference(data: ReportData) -> str:
+    """What divergences are taken from: a training moves the full network, and the others imitate that one."""
+    return "the trained full network" if "training" in data else "the dense model"
+
+
+def _networks(data: ReportData) -> list[Network]:
+    trained = [data["training"]["network"]] if "training" in data else []
+    return [data["dense"], *trained, *data["chosen"]]
+
+
 def _figures(data: ReportData) -> str:
-    networks = [data["dense"], *data["chosen"]]
+    networks = _networks(data)
     texts = list(dict.fromkeys(label for n in networks for label in n.get("perplexity", {})))
     head = ["network", "kept of blocks", "kept of all", "parameters", "weights"]
     rows = [
@@ -128,7 +141,7 @@ def _figures(data: ReportData) -> str:
         for n in networks
     ]
     if any("kl_nats" in n for n in networks):
-        head.append("KL to dense (nats)")
+        head.append(f"KL to {reference(data)} (nats)")
         for row, n in zip(rows, networks, strict=True):
             error = f" ± {n['kl_se']:.2g}" if "kl_se" in n else ""
             row.append(f"{n['kl_nats']:.4g}{error}" if "kl_nats" in n else "–")
@@ -183,7 +196,7 @@ def _times(data: ReportData) -> str:
         "measured": ("measured_speedup", "{:.2f}×"),
         "tokens/s, predicted": ("predicted_tps", "{:,.4g}"),
         "tokens/s, measured": ("measured_tps", "{:,.4g}"),
-        "KL to dense (nats)": ("kl_nats", "{:.4g}"),
+        f"KL to {reference(data)} (nats)": ("kl_nats", "{:.4g}"),
     }
     rows = [
         [_cell(n["name"]), *(form.format(n[k]) if k in n else "–" for k, form in columns.values())]  # type: ignore[literal-required]
@@ -250,6 +263,30 @@ def save_draws(draws: Mapping[str, Any], folder: Path) -> Path:
     return pictures.save(pictures.sizes(drawn, draws["least"], draws["most"]), folder / "sizes")[0]
 
 
+def _training(data: ReportData) -> str:
+    """What the super-network learnt, on what, and what the held-out windows say of it."""
+    found = data.get("training")
+    if not found:
+        return ""
+    together = f", {found['processes']} processes together" if found.get("processes", 1) > 1 else ""
+    words = [
+        "## What the training did",
+        f"{found['steps']:,} steps, {found['tokens']:,} tokens of {_cell(found['data'])} in "
+        f"{found['seconds'] / 60:,.0f} minutes{together}. Divergences on this page are from the full network as it is "
+        "after that; a part of what the perplexities gain is the training's text, which the row of the full network "
+        "shows.",
+    ]
+    for eased in found.get("eased", ()):
+        changed = [f"{key} from {was} to {now}" for key, (was, now) in eased.items() if key != "step"]
+        words.append(f"After step {eased['step']}: {', '.join(changed)}.")
+    if scored := found.get("held_out"):
+        names = [key.removeprefix("eval_").removesuffix("_nats") for key in scored[0] if key.endswith("_nats")]
+        ends = (scored[0], scored[-1])
+        rows = [[_cell(name), *(f"{row[f'eval_{name}_nats']:.4f}" for row in ends)] for name in names]
+        words.append(table(["sub-network, nats per token of held-out windows", "before", "after"], rows))
+    return "\n\n".join(words)
+
+
 def _draws(data: ReportData) -> str:
     found = data.get("draws")
     if not found:
@@ -296,7 +333,7 @@ def _dropped(network: Network, dense: Network) -> str:
 
 
 def _samples(data: ReportData) -> str:
-    written = [n for n in (data["dense"], *data["chosen"]) if "sample" in n]
+    written = [n for n in _networks(data) if "sample" in n]
     if not written:
         return ""
     prompt = _quote(data.get("prompt", ""))

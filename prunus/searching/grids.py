@@ -192,7 +192,8 @@ def searchable(space: Space, config: Any, *, mlp_step: int = 32) -> SearchSpace:
         found = space_of(config, mlp_step=min(mlp_step, space.widest), hidden=space.hidden)
         gone = [tuple(h for h in found.attention[i] if h == (0, 0)) for i in range(space.n_layers)]
         return replace(found, attention=tuple((*space.heads, *none) for none in gone))
-    widths = {space._neurons(mlp, hidden) for mlp in space.mlp for hidden in space.hidden} | {space.widest}
+    hidden = space.hidden if space.ratio else space.hidden[:1]  # which neurons depend on
+    widths = {space._neurons(mlp, one) for mlp in space.mlp for one in hidden} | {space.widest}
     n = space.n_layers
     return SearchSpace(
         (space.heads,) * n, (tuple(sorted(widths, reverse=True)),) * n, space.hidden, True, space.depths,

@@ -123,7 +123,8 @@ def pool_of(
     filled, attempts = fill(space, cost, bins=bins, draws=1 if one else draws, trials=trials, rng=rng, least=least)
     if not any(b.candidates for b in filled):
         raise UserError(
-            f"none of {attempts} draws fell into a bin; give more attempts (train.trials) or another --space"
+            f"none of {attempts} draws fell into a bin; give a lower train.least, more attempts (train.trials) or "
+            "another --space"
         )
     decided = []
     for b in filled:

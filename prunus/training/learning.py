@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from prunus.errors import UserError
-from prunus.setting import ANYWHERE, Section, setting
+from prunus.setting import ANYWHERE, Section, Setting, declared, setting
 
+ADAPTERS = ("alpha", "dropout", "adapt")
+DRAWN = ("sampler", "drawn", "bins", "draws", "least", "reformed", "trials")
+DISTILLED = ("ce", "kd", "divergence", "temperature")
 ADAPTED = {"linear": ("attention", "mlp"), "all": ("attention", "mlp", "embedding", "head")}  # short for several
 
 
@@ -34,8 +38,10 @@ class TrainConfig(Section):
         step="train",
         flag="strategy",
     )
-    sampler: Literal["random", "grid", "grid-params", "calibrated-magnitude", "calibrated-ppl", "calibrated-kl"] = (
-        setting("calibrated-kl", "how sub-networks are drawn", step="train", flag="sampler")
+    sampler: Literal[
+        "random", "grid", "grid-params", "calibrated-magnitude", "calibrated-ppl", "calibrated-kl", "calibrated"
+    ] = setting(
+        "calibrated-kl", "how sub-networks are drawn; calibrated: short for the default", step="train", flag="sampler"
     )
     sort: bool = setting(
         True, "sub-networks keep the most important members; else, for comparison, the first ones", step="train"
@@ -93,13 +99,18 @@ class TrainConfig(Section):
         flag="precision",
     )
     checkpointing: bool = setting(False, "forget activations and compute them again: less memory", step="train")
-    save_every: int = setting(50, "steps between two states from which training goes on", step="train", low=1)
+    save_every: int = setting(
+        50, "steps between two states from which training goes on; one process also saves every ten minutes",
+        step="train", low=1,
+    )  # fmt: skip
     eval_every: int = setting(0, "steps between two looks at the held-out windows; 0: none", step=ANYWHERE, low=0)
     log_every: int = setting(10, "steps between two lines of the log", step=ANYWHERE, low=1)
     report_to: str = setting("none", "where Trainer logs to: tensorboard, wandb, mlflow, ... or none", step=ANYWHERE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sampler == "calibrated":
+            object.__setattr__(self, "sampler", "calibrated-kl")
         if self.drawn is None:
             object.__setattr__(self, "drawn", 3 if self.strategy == "sandwich-grid" else 2)
         adapted(self.adapt)
@@ -107,6 +118,40 @@ class TrainConfig(Section):
             raise UserError(
                 "train.ce and train.kd are both 0, so a network with a teacher would learn nothing; give --ce or --kd"
             )
+
+    def refuse_idle(self, *, one: bool = False, teacher: bool = True, asked: Container[str] | None = None) -> None:
+        """Raise UserError for settings that were given and would change nothing.
+
+        one: a single network is trained (`recover`), by a teacher or by the text alone. asked: the dotted keys that
+        were given now, where others stand as they were; None: all that are not their defaults.
+        """
+        whole = {known.key: known for known in declared(TrainConfig) if known.key != "data"}
+        given = [
+            name
+            for name, known in whole.items()
+            if getattr(self, name) != self._default(known) and (asked is None or self.prefix + name in asked)
+        ]
+
+        def refuse(names: Container[str], why: str, instead: str) -> None:
+            if idle := [whole[name] for name in given if name in names]:
+                named = ", ".join(f"--{known.flag}" if known.flag else f"train.{known.key}" for known in idle)
+                raise UserError(f"{named} would change nothing: {why}; {instead}, or leave it out")
+
+        if not self.data:
+            refuse(whole, "nothing is trained", "give --train FILE")
+        if not self.rank:
+            refuse(ADAPTERS, "without a rank all weights are trained, and no adapters", "give --rank 32")
+        if one:
+            refuse((*DRAWN, "strategy", "space", "sort", "teacher"), "it is about sub-networks, and one network is "
+                   "trained", "train a run's super-network")  # fmt: skip
+        elif self.strategy == "standard":
+            refuse(DRAWN, "--strategy standard trains the full network alone", "take another strategy")
+            teacher = self.teacher == "dense"
+        if not teacher:
+            refuse(DISTILLED, "nobody teaches, so that the cross entropy is all there is", "name a --teacher")
+
+    def _default(self, known: Setting) -> Any:
+        return (3 if self.strategy == "sandwich-grid" else 2) if known.key == "drawn" else known.default
 
 
 def adapted(names: str) -> tuple[str, ...]:

@@ -381,6 +381,8 @@ def fit(job: Job) -> Fitted:
     last, total = states.last(job.out), trainer_steps(job, args)
     done = last is not None and states.step_of(last) >= total
     eased = states.remember(job.out, identity(job, args.world_size), done=done, write=is_main())
+    if not done:
+        states.refuse_full_disk(job.out, job.model)
     if last is not None and done:
         seconds = states.load(job.model, last)
         history = list(json.loads((last / states.WHOLE).read_text())["log_history"])

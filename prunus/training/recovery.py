@@ -15,6 +15,7 @@ from prunus.launched import is_main
 from prunus.models import checkpoint, loading
 from prunus.models.families import family_of
 from prunus.models.loading import Loaded
+from prunus.models.memory import NOTHING, Work
 from prunus.progress import Progress, silent
 from prunus.texts.instructions import windows_of
 from prunus.training import adapters, states
@@ -36,8 +37,10 @@ def recover(
     target, c = Path(out), config.train
     if c.data is None:
         raise UserError("no training data were named; give --train FILE (.jsonl rows or text)")
+    c.refuse_idle(one=True, teacher=teacher is not None)
     checkpoint.refuse_foreign(target.absolute())
-    student = _load(config, config.model)
+    work = Work(samples=1, length=1, train=c, beside=int(teacher is not None), steps=("train",))
+    student = _load(config, config.model, work)
     positions = getattr(student.model.config, "max_position_embeddings", None)
     windows, holdout = windows_of(c, student.tokenizer, positions, config.seed)
     dense = _load(config, teacher) if teacher else None
@@ -93,10 +96,10 @@ def _finished(target: Path, own: Mapping[str, Any]) -> dict[str, Any] | None:
     raise UserError(f"{str(target)!r} holds another network already; choose another --out, or delete it")
 
 
-def _load(config: CompressConfig, model: str) -> Loaded:
+def _load(config: CompressConfig, model: str, work: Work = NOTHING) -> Loaded:
     return loading.load(
         model, revision=config.revision if model == config.model else None, dtype=config.dtype,
-        device=config.device, trust_remote_code=config.trust_remote_code, compress=False,
+        device=config.device, trust_remote_code=config.trust_remote_code, compress=False, work=work,
     )  # fmt: skip
 
 
@@ -130,6 +133,7 @@ def _figures(job: Job, fitted: Fitted, config: CompressConfig, teacher: str | No
         **({"eased": fitted.eased} if fitted.eased else {}),
         "held_out": ends,
         "history": fitted.history,
+        "versions": machine.versions(*machine.TRAINING),
         "settings": {key: value for key, value in vars(job.config).items() if key != "data"},
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,33 @@ def differing(folder: Path, note: Mapping[str, Any]) -> list[str]:
         return []
     theirs = json.loads((folder / RECORD).read_text())
     return sorted(key for key in {*theirs, *note} - {"eased"} if theirs.get(key) != note.get(key))
+
+
+def refuse_processes(folder: Path, processes: int) -> None:
+    """Raise UserError where a folder holds states that another number of processes left: they would be of no use."""
+    state = last(folder)
+    if state is None or not (folder / RECORD).exists():
+        return
+    theirs = json.loads((folder / RECORD).read_text()).get("processes", processes)
+    if theirs != processes:
+        raise UserError(
+            f"{str(folder)!r} holds a training of {theirs} processes, stopped after step {step_of(state)}, and these "
+            f"are {processes}: start as many, or delete that folder, and the training begins again"
+        )
+
+
+def refuse_full_disk(folder: Path, model: nn.Module) -> None:
+    """Raise UserError where the disk cannot take the states of a training: what is trained and Adam's two moments of
+    it, in float32, in three states at most (two that are kept, and one that is written)."""
+    each = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    there = len([*folder.glob("checkpoint-*")]) if folder.is_dir() else 0
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if (need := each * max(1, 3 - there)) > free:
+        raise UserError(
+            f"the states of this training need {need / 1e9:.2f} GB, but the disk of {str(folder)!r} has "
+            f"{free / 1e9:.2f} GB left; make room, give --rank, or choose another --out"
+        )
 
 
 def remember(folder: Path, note: Mapping[str, Any], *, done: bool, write: bool) -> Sequence[Mapping[str, Any]]:

@@ -62,6 +62,7 @@ def check(s: Session, anew: bool = False) -> None:
     if text and Path(text).resolve() == Path(str(c.data)).resolve():
         raise UserError(f"{text!r} is test text and training text at once; figures on it would mean nothing")
     check_installed(c.report_to)
+    states.refuse_processes(s.run.path("training"), launched.processes())
     if c.rank:
         adapters.check(s.model, s.family, c.adapt)
     windows(s)
@@ -165,6 +166,11 @@ def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) 
     if anew:  # the step was undone on purpose; a training may go on with eased settings, others begin again
         differs = states.differing(folder, identity(job, launched.processes()))
         if not differs or {*differs} - {*states.EASED}:
+            if differs and (old := states.last(folder)):
+                log.warning(
+                    "the training begins again, and its state after step %d goes: other %s than there",
+                    states.step_of(old), ", ".join(differs),
+                )  # fmt: skip
             for path in folder.glob("checkpoint-*"):
                 remove(path)
     meeting.call()
@@ -184,6 +190,7 @@ def _train(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) 
             "truncated_rows": job.windows.truncated, "skipped_rows": job.windows.skipped,
             "pool": len(pool.networks), "empty_bins": len(pool.empty), "bins": len(pool.bins),
             "held_out": [row for row in fitted.history if "eval_loss" in row],
+            "versions": machine.versions(*machine.TRAINING),
         },
     )  # fmt: skip
     return s.model
@@ -219,16 +226,18 @@ def _job(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space, fo
 def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> draws.Pool:
     """The networks that are drawn, from the run where they were chosen before."""
     c = s.config.train
+    standard = c.strategy == "standard"  # nothing is drawn
+    sampler: draws.Sampler = "random" if standard else c.sampler  # type: ignore[assignment]
 
     def cost(sub: SubNetwork) -> float:
         return float(costs.parameters(s.layout, sub, "all"))
 
     def choose() -> dict[str, Any]:
-        n = 0 if c.sampler in ("random", "grid") else c.bins
-        with s.progress(f"networks to train, {c.sampler}", n) as advance:
+        n = 0 if sampler in ("random", "grid") else c.bins
+        with s.progress(f"networks to train, {sampler}", n) as advance:
             found = draws.pool_of(
-                space, cost, c.sampler, bins=c.bins, draws=c.draws, trials=c.trials, seed=s.config.seed,
-                least=c.least * cost(space.largest()), score=_score(s, ids, orders), advance=advance,
+                space, cost, sampler, bins=c.bins, draws=c.draws, trials=c.trials, seed=s.config.seed,
+                least=c.least * cost(space.largest()), score=_score(s, ids, orders, sampler), advance=advance,
             )  # fmt: skip
         if found.empty:
             named = ", ".join(f"{low / 1e6:.3g}-{high / 1e6:.3g}" for low, high in found.empty)
@@ -240,10 +249,10 @@ def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -
             "networks": [sub.to_json() for sub in found.networks],
             "bins": [_as_data(b) for b in found.bins],
             "attempts": found.attempts,
-            "histogram": {
+            "histogram": {} if standard else {
                 "random": draws.histogram(space, cost, None, seed=s.config.seed),
                 "pool": draws.histogram(space, cost, found, seed=s.config.seed) if found.networks else [],
-                "least": cost(space.smallest()), "most": cost(space.largest()), "sampler": c.sampler,
+                "least": cost(space.smallest()), "most": cost(space.largest()), "sampler": sampler,
                 "empty": found.empty, "bins": len(found.bins), "attempts": found.attempts,
             },
         }  # fmt: skip
@@ -261,9 +270,8 @@ def _as_data(one: draws.Bin) -> dict[str, Any]:
     return {"low": one.low, "high": one.high, "candidates": len(one.candidates), "chosen": chosen}
 
 
-def _score(s: Session, ids: Tensor, orders: Mapping[str, Tensor]) -> draws.Score | None:
+def _score(s: Session, ids: Tensor, orders: Mapping[str, Tensor], sampler: str) -> draws.Score | None:
     """What the best network of a bin is chosen by; reformed where it is ours and no hidden channel goes."""
-    sampler = s.config.train.sampler
     if sampler == "calibrated-magnitude":
         return draws.magnitude(s.model, s.family)
     if not sampler.startswith("calibrated"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from prunus.errors import UserError
+
+SAVE_SECONDS = 600  # that a killed training of one process loses at most, whatever its steps take
 
 
 def check_installed(report_to: str = "none") -> None:
@@ -33,13 +36,14 @@ def reporters(report_to: str) -> list[str]:
 
 
 class Telling(TrainerCallback):
-    """Progress of steps, and the log as a file: one line of JSON for each.
+    """Progress of steps, the log as a file (one line of JSON for each), and states after so many seconds.
 
     buffers: the model's, by name, as they must be while it trains: DeepSpeed rounds the frequencies of RoPE.
     """
 
     def __init__(self, advance: Callable[[int], None], log: Path, model: Any, buffers: Mapping[str, Tensor]) -> None:
         self.advance, self.log, self.model, self.buffers = advance, log, model, buffers
+        self._saved = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -48,11 +52,17 @@ class Telling(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.restore()
+        self._saved = time.monotonic()
         if state.global_step:  # a training that goes on
             self.advance(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.advance(1)
+        if args.world_size == 1 and time.monotonic() - self._saved >= SAVE_SECONDS:  # several clocks would differ
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._saved = time.monotonic()
 
     def restore(self) -> None:
         """Put the buffers back, to the bit."""
