@@ -25,6 +25,7 @@ from prunus.recording.report import ReportData, save_draws
 from prunus.searching.options import MEASURED, TITLES
 from prunus.steps import Prepared, Session
 from prunus.subnetwork import SubNetwork
+from prunus.texts.calibration import refuse_seen
 from prunus.timing import runtimes
 
 PROMPT = "The history of the city begins"
@@ -123,6 +124,12 @@ def check_text(s: Session) -> None:
     c = s.config
     if c.test_text:
         chunked(s.model, text_ids(c.test_text, s.tokenizer), c.test_length, c.test_chunks)
+
+
+def check_unseen(s: Session, ids: Tensor) -> None:
+    """Refuse a text to score on that the calibration windows (n, length) were taken from."""
+    if text := s.config.test_text:
+        refuse_seen(ids, text_ids(text, s.tokenizer), str(text))
 
 
 def judged(s: Session, model: nn.Module) -> dict[str, Any]:

@@ -164,6 +164,8 @@ def _run(
         if last in ("search", "report"):
             fronts.prepare(s)
         ids, holdout = steps.calibrate(s)
+        if last in ("extract", "report"):
+            describe.check_unseen(s, ids)
         orders = steps.score(s, ids)
         if last == "score":
             return describe.scores(s, orders)

@@ -19,7 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from prunus.errors import UserError
 from prunus.evaluation import perplexity
 from prunus.texts import calibration, sampling
-from prunus.texts.calibration import calibration_tokens, mixture, openings, overlap, split, token_hash, windows
+from prunus.texts.calibration import (
+    calibration_tokens,
+    mixture,
+    openings,
+    overlap,
+    refuse_seen,
+    split,
+    token_hash,
+    windows,
+)
 
 STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories260k-hf"
 LETTERS = [*"\n ", *string.ascii_letters, *string.digits, *".,:;!?'\"()@=-+*/<>"]
@@ -84,6 +93,14 @@ def test_held_out_windows_are_a_part_of_the_text_of_their_own(counted: Path, tok
     for bad in (-1, 30):
         with pytest.raises(UserError, match="hold out"):
             split(ids, bad)
+
+
+def test_a_test_text_that_was_calibrated_on_is_refused() -> None:
+    fit, own = torch.arange(4000).reshape(40, 100), torch.arange(10_000, 14_000)
+    refuse_seen(fit, own, "test.txt")
+    refuse_seen(fit, torch.cat([own, fit[3]]), "test.txt")  # one window of forty: boilerplate
+    with pytest.raises(UserError, match=r"10% of the calibration text stands in the test text 'test\.txt' too"):
+        refuse_seen(fit, torch.cat([own, fit[3:7].flatten(), own]), "test.txt")
 
 
 def test_the_hash_tells_shapes_apart() -> None:

@@ -130,6 +130,11 @@ def test_a_text_that_cannot_be_scored_is_refused_at_once(tmp_path: Path) -> None
     with pytest.raises(UserError, match="positions"):
         compress(config(calibration__length=100_000), tmp_path / "run")
     assert not (tmp_path / "run" / "tokens.safetensors").exists()
+    copy = tmp_path / "held.txt"
+    copy.write_text("Another beginning. " + Path(TEXT).read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(UserError, match=r"of the calibration text stands in the test text .*held\.txt"):
+        compress(config(test_text=str(copy), test_length=64), tmp_path / "run")
+    assert not (tmp_path / "run" / "importance.safetensors").exists()
 
 
 def test_the_same_command_again_computes_nothing(run: tuple[Path, dict[str, Any]]) -> None:

@@ -61,8 +61,7 @@ def config(**changes: Any) -> CompressConfig:
     quick = {
         "model": str(MODEL), "keep": (0.6,), "dtype": "bfloat16", "calibration.source": str(TEXT),
         "calibration.samples": 16, "calibration.length": 96, "calibration.holdout": 6, "search.mlp_step": 8,
-        "search.generations": 0, "train.length": 64, "train.batch": 4, "train.steps": 3, "train.holdout": 0,
-        "train.bins": 3, "train.draws": 2,
+        "search.generations": 0,
     }  # fmt: skip
     return resolve(None, {**quick, **{key.replace("__", "."): value for key, value in changes.items()}})
 
@@ -74,7 +73,9 @@ def config(**changes: Any) -> CompressConfig:
     indirect=["fast"],
 )
 def test_checkpoints_are_written_as_asked_and_measured_as_written(method: str, fast: bool, tmp_path: Path) -> None:
-    out, changes = tmp_path / "run", {"train__data": str(TEXT)} if method == "trained" else {"method": method}
+    short = {"length": 64, "batch": 4, "steps": 3, "holdout": 0, "bins": 3, "draws": 2, "data": str(TEXT)}
+    trained = {f"train__{key}": value for key, value in short.items()}
+    out, changes = tmp_path / "run", trained if method == "trained" else {"method": method}
     (tmp_path / "held.txt").write_text(TEXT.read_text()[-4000:])
     asked = {"test_text": str(tmp_path / "held.txt"), "test_length": 64, "test_chunks": 12}
     data = compress(config(**changes, **asked), out)

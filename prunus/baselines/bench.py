@@ -390,6 +390,8 @@ class _Source:
                 device=b.device, column=c.column,
             )  # fmt: skip
         fit, _ = calibration.split(ids, c.holdout)
+        for text, seen in b.texts.items():
+            calibration.refuse_seen(fit, seen, text)
         b.record.note(f"{TOKENS}{self.name}", calibration.token_hash(fit))
         return fit.to(b.device)
 

@@ -29,6 +29,7 @@ DATASETS: Mapping[str, tuple[str, str]] = {  # name -> (hub id, configuration); 
 }
 GENERATED = ("generated", "generated:chat")
 ALTERNATIVES = 'give a .txt or .jsonl file, or "generated" (the model\'s own samples, which need no data)'
+SHARED = 0.05  # of a calibration text's runs of tokens, that a test text may hold
 CHARACTERS_PER_TOKEN = 64  # longer texts (per token needed) are thinned out before they are tokenised
 
 
@@ -371,6 +372,16 @@ def overlap(ids: Tensor, other: Tensor, n: int = 32) -> float:
     return sum(g in seen for g in grams) / len(grams) if grams else 0.0
 
 
+def refuse_seen(ids: Tensor, test: Tensor, name: str) -> None:
+    """Raise UserError where a test text (a stream) holds calibration windows (samples, length): a copy under another
+    name, or a file that both were taken from. Boilerplate that two texts share stays below `SHARED`."""
+    if (share := overlap(test, ids)) > SHARED:
+        raise UserError(
+            f"{share:.0%} of the calibration text stands in the test text {name!r} too, counted in runs of 32 tokens, "
+            "so figures on it would mean nothing; give another text to one of the two"
+        )
+
+
 def _ngrams(ids: Tensor, n: int) -> list[bytes]:
     rows = (ids if ids.ndim == 2 else ids[None]).cpu().to(torch.int32).contiguous().numpy()
     width = rows.itemsize
@@ -392,6 +403,7 @@ __all__ = [
     "mixture",
     "needs_bos",
     "overlap",
+    "refuse_seen",
     "split",
     "token_hash",
     "windows",
