@@ -195,9 +195,8 @@ def views(rows: list[dict[str, Any]]) -> dict[str, Any]:
         note = "Perplexity; the same networks and the same steps in every row."
         found[name] = {**common, "value": "ppl", "best": "min", "note": note}
         for task in (key for key in own[0] if f"{key}_se" in own[0] and key != "nats"):
-            worst = max(row[f"{task}_se"] for row in own)
-            note = f"Accuracy on {task}, standard errors at most {worst:.2f}."
-            found[f"{name}-{task}"] = {**common, "value": task, "best": "max", "note": note}
+            scored = {"value": task, "error": f"{task}_se", "best": "max"}
+            found[f"{name}-{task}"] = {**common, **scored, "note": f"Accuracy on {task}, ± its standard error."}
     return found
 
 

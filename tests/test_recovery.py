@@ -81,6 +81,19 @@ def test_a_network_recovers_and_loads_like_any_other(rank: int, small: Path, tmp
         recover(config(small, train__rank=rank, seed=3), str(MODEL), tmp_path / "out")
 
 
+@pytest.mark.parametrize("method", ["llm-pruner", "flap", "slicegpt"])  # uniform inside, with biases, a class of its own
+def test_a_rivals_network_recovers_too(method: str, tmp_path: Path) -> None:
+    asked = {"calibration.source": str(TEXT), "calibration.samples": 16, "calibration.length": 64, "keep": (0.7,)}
+    compress(resolve(None, {"model": str(MODEL), "method": method, **asked}), tmp_path / "run")
+    cut = tmp_path / "run" / "models" / "keep-0.7"
+    found = recover(config(cut, train__rank=8, train__steps=12), str(MODEL), tmp_path / "out")
+    assert found["held_out"]["after"]["kl_nats"] < found["held_out"]["before"]["kl_nats"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert {name for name, _ in model.named_parameters()} == {
+        name for name, _ in AutoModelForCausalLM.from_pretrained(cut, trust_remote_code=True).named_parameters()
+    }  # merged
+
+
 def test_what_recover_cannot_do_is_refused_before_any_training(small: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
