@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -413,12 +415,21 @@ def _loss(model: Any, ids: Tensor, sub: SubNetwork) -> float:
         return float(model(ids, use_cache=False, labels=ids).loss)
 
 
+@pytest.fixture(scope="module")
+def scored(stories: tuple[Any, Tensor, Tensor]) -> Callable[[Method], Any]:
+    """The scores of the trained model by each method, taken once."""
+    model, calibration, _ = stories
+    return cache(lambda method: score(model, family_of(model.config), calibration, method))
+
+
 @every_method
 @pytest.mark.parametrize("unit", ["mlp", "kv_heads", "q_per_kv"])
-def test_the_better_half_is_better(stories: tuple[Any, Tensor, Tensor], method: Method, unit: str) -> None:
-    model, calibration, held_out = stories
+def test_the_better_half_is_better(
+    stories: tuple[Any, Tensor, Tensor], scored: Callable[[Method], Any], method: Method, unit: str
+) -> None:
+    model, _, held_out = stories
     family, whole = family_of(model.config), full(model.config)
-    found = score(model, family, calibration, method).order()[unit]
+    found = scored(method).order()[unit]
     half = {"kv_heads": 4, "q_per_kv": 2, "mlp": 172}
     half[unit] //= 2
     sub = SubNetwork(whole.hidden, (LayerShape(**half),) * len(whole.layers))
@@ -431,9 +442,11 @@ def test_the_better_half_is_better(stories: tuple[Any, Tensor, Tensor], method: 
 
 
 @every_method
-def test_the_last_quarter_of_neurons_matters_least(stories: tuple[Any, Tensor, Tensor], method: Method) -> None:
-    model, calibration, held_out = stories
-    found = score(model, family_of(model.config), calibration, method).mlp
+def test_the_last_quarter_of_neurons_matters_least(
+    stories: tuple[Any, Tensor, Tensor], scored: Callable[[Method], Any], method: Method
+) -> None:
+    model, _, held_out = stories
+    found = scored(method).mlp
     losses = []
     for members in (found.argsort(-1)[:, :43], found.argsort(-1)[:, -43:]):
         zeroed = copy.deepcopy(model)

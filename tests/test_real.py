@@ -33,7 +33,7 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
     texts = ["--calibration", str(SHARED / "wiki.train.part.txt"), "--test-text", str(SHARED / "wiki.test.raw")]
     texts += ["--test-length", "512", "--test-chunks", "4"]
     short = ["--set", "reform.sensitivity=1", "--set", "reform.sequential_samples=8", "--set", "reform.openings=256"]
-    more = [*short, "--set", "calibration.holdout=4", "--json", str(result), "--quiet"]
+    more = [*short, "--set", "calibration.holdout=2", "--json", str(result), "--quiet"]
     command = [sys.executable, "-m", "prunus", "compress", "demo", "--out", str(out), *options, *texts, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
