@@ -81,9 +81,7 @@ def test_a_network_recovers_and_loads_like_any_other(rank: int, small: Path, tmp
         recover(config(small, train__rank=rank, seed=3), str(MODEL), tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "method", ["llm-pruner", "flap", "slicegpt"]
-)  # stock, with biases, a class of its own
+@pytest.mark.parametrize("method", ["llm-pruner", "flap", "slicegpt"])  # stock, with biases, a class of its own
 def test_a_rivals_network_recovers_too(method: str, tmp_path: Path) -> None:
     asked = {"calibration.source": str(TEXT), "calibration.samples": 16, "calibration.length": 64, "keep": (0.7,)}
     compress(resolve(None, {"model": str(MODEL), "method": method, **asked}), tmp_path / "run")

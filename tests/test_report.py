@@ -8,13 +8,14 @@ import struct
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hurry import painted
 from matplotlib.patches import Rectangle
 
 from prunus.errors import UserError
-from prunus.recording import pictures
+from prunus.recording import pictures, tradeoffs
 from prunus.recording.pictures import Network, Tried
 from prunus.recording.report import ReportData, markdown, table, write_report
 from prunus.timing.timetable import Grid, Request, Times, Timetable
@@ -282,6 +283,22 @@ def test_a_run_without_a_network_still_reports(tmp_path: Path) -> None:
 
 def test_table_aligns_numbers_to_the_right() -> None:
     assert table(["name", "n"], [["a", "1"]]) == "| name | n |\n| --- | ---: |\n| a | 1 |"
+
+
+def test_numbers_of_a_front_do_not_lie_on_each_other() -> None:
+    values = [(9e7, 0.9), (9e7 + 10, 0.9), (1.1e8, 0.3)]
+    side: dict[str, Any] = {
+        "tried": [[kl, n] for n, kl in values], "hypervolume": 0.5,
+        "front": [{"point": k + 1, "values": {"kl": kl, "parameters": n}, "errors": {"kl": 0.1, "parameters": None}}
+                  for k, (n, kl) in enumerate(values)],
+    }  # fmt: skip
+    found = {"objectives": ["kl", "parameters"], "titles": ["KL to the trained full network", "parameters"],
+             "method": "levels", "evaluations": 3, "dense": [0.0, 1.345e8], "searched": side, "control": side}  # fmt: skip
+    (axes,) = tradeoffs.searched_front(found).axes
+    assert [text.get_text() for text in axes.texts] == ["1", "3"]
+    assert axes.xaxis.get_major_formatter()(9e7) == "90 M"
+    legend = axes.get_legend()
+    assert legend is not None and "full network" in [text.get_text() for text in legend.get_texts()]
 
 
 def test_bins_that_stayed_empty_are_told() -> None:

@@ -9,10 +9,13 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from prunus.recording.pictures import BLUE, GREY, INK, STYLE
 
 NUMBERED = 60  # points of a front that carry their numbers; more would hide the picture
+APART = (0.025, 0.035)  # shares of the panel's width and height that two numbers take
+COUNTED = ("parameters", "bytes", "flops")  # large numbers: axes in thousands, millions, ...
 
 
 def searched_front(found: Mapping[str, Any]) -> Figure:
@@ -51,17 +54,33 @@ def _front_panel(ax: Axes, found: Mapping[str, Any], names: tuple[str, str], at:
             markersize=7, markeredgecolor=colour if marker == "x" else "white", capsize=2, zorder=4, label=share,
             linewidth=1.5 if joined else 0, elinewidth=1,
         )  # fmt: skip
-        for row in one["front"] if side == "searched" and len(one["front"]) <= NUMBERED else []:
-            at_point = tuple(row["values"][name] for name in names)
-            ax.annotate(
-                str(row["point"]), at_point, (5, 5), textcoords="offset points", fontsize=7, color=INK, zorder=8,
-                annotation_clip=True,
-            )  # fmt: skip
         shown += points
     dense = tuple(found["dense"][k] for k in at)
-    ax.scatter([dense[0]], [dense[1]], s=95, marker="*", color=INK, zorder=7, clip_on=False, label="dense")
+    whole = "full network" if any("trained" in title for title in found["titles"]) else "dense"
+    ax.scatter([dense[0]], [dense[1]], s=95, marker="*", color=INK, zorder=7, clip_on=False, label=whole)
     ax.set_xlim(*_around([p[0] for p in (*shown, dense)]))
     ax.set_ylim(*_around([p[1] for p in (*shown, dense)]))
+    for axis, name in zip((ax.xaxis, ax.yaxis), names, strict=True):
+        if name in COUNTED:
+            axis.set_major_formatter(EngFormatter(sep=" "))
+    if len(found["searched"]["front"]) <= NUMBERED:
+        _numbers(ax, found["searched"]["front"], names)
+
+
+def _numbers(ax: Axes, front: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> None:
+    """The numbers of the points, but of those whose number would lie on another."""
+    low, span = np.array([(a, b - a) for a, b in (ax.get_xlim(), ax.get_ylim())]).T
+    taken: list[np.ndarray] = []
+    for row in front:
+        at_point = tuple(row["values"][name] for name in names)
+        place = (np.array(at_point) - low) / span
+        if any((abs(place - other) < APART).all() for other in taken):
+            continue
+        taken.append(place)
+        ax.annotate(
+            str(row["point"]), at_point, (5, 5), textcoords="offset points", fontsize=7, color=INK, zorder=8,
+            annotation_clip=True,
+        )  # fmt: skip
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:
