@@ -292,8 +292,9 @@ def test_numbers_of_a_front_do_not_lie_on_each_other() -> None:
         "front": [{"point": k + 1, "values": {"kl": kl, "parameters": n}, "errors": {"kl": 0.1, "parameters": None}}
                   for k, (n, kl) in enumerate(values)],
     }  # fmt: skip
-    found = {"objectives": ["kl", "parameters"], "titles": ["KL to the trained full network", "parameters"],
-             "method": "levels", "evaluations": 3, "dense": [0.0, 1.345e8], "searched": side, "control": side}  # fmt: skip
+    titles = {"objectives": ["kl", "parameters"], "titles": ["KL to the trained full network", "parameters"]}
+    sides = {"searched": side, "control": side, "dense": [0.0, 1.345e8]}
+    found = {**titles, **sides, "method": "levels", "evaluations": 3}
     (axes,) = tradeoffs.searched_front(found).axes
     assert [text.get_text() for text in axes.texts] == ["1", "3"]
     assert axes.xaxis.get_major_formatter()(9e7) == "90 M"
