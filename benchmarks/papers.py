@@ -26,6 +26,7 @@ from prunus.baselines import shen_search
 from prunus.baselines.subject import Subject
 from prunus.config import resolve
 from prunus.evaluation import perplexity, text_ids
+from prunus.machine import environment, words
 from prunus.models.families import dims
 from prunus.models.loading import load
 from prunus.pipeline import compress
@@ -130,19 +131,24 @@ def main() -> int:
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """The results file, as benchmarks/render.py reads it."""
-    old = json.loads(options.results.read_text()) if options.results.exists() else {"rows": [], "commands": {}}
+    """The results file, as benchmarks/render.py reads it; other parts keep their commands, machines and views."""
+    empty: dict[str, Any] = {"rows": [], "commands": {}, "views": {}}
+    old = json.loads(options.results.read_text()) if options.results.exists() else empty
     commands = {**old["commands"], options.part: record.typed()}
+    theirs = {key: old[key] for key in ("machine", "versions") if key in old}
+    origins = old.get("origins", dict.fromkeys(old["commands"], theirs))
+    origins = {**origins, options.part: {"machine": words(), "versions": environment()}}
     pivot = {"title": "kept of the blocks", "index": "setting", "across": "kept", "across_format": ".0%", "best": "min"}
     kl = f"KL to the dense model on held-out windows of {options.length} tokens, nats."
     perplexity = f"Perplexity, first 5 windows of {options.test_length} tokens."
-    views = {
-        part: {**pivot, "where": {"part": part}, "value": "perplexity", "format": ".2f", "note": perplexity}
-        for part in ("samples", "parts", "start")
-    }  # of `samples` no divergence: with other windows to calibrate on, other ones are held out
-    views["parts-kl"] = {**pivot, "where": {"part": "parts"}, "value": "kl_nats", "format": ".4f", "note": kl}
+    own = {**pivot, "where": {"part": options.part}, "value": "perplexity", "format": ".2f", "note": perplexity}
+    views = {**old["views"], options.part: own}
+    if options.part == "parts":  # `samples` calibrates on other windows in every row, so other ones are held out
+        views["parts-kl"] = {**pivot, "where": {"part": "parts"}, "value": "kl_nats", "format": ".4f", "note": kl}
     kept = [row for row in old["rows"] if row["part"] != options.part]
-    record.write(options.results, [*kept, *rows], views, command="; ".join(commands.values()), commands=commands)
+    record.write(
+        options.results, [*kept, *rows], views, command="; ".join(commands.values()), commands=commands, origins=origins
+    )
 
 
 if __name__ == "__main__":
