@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -qq --no-compile -c constraints.txt
 WHEEL  := $(BIN)/python -m pip wheel -qq -c constraints.txt --no-cache-dir --no-deps -w $(VENV)/wheels
 
-# Two recipes at a time: llama.cpp compiles while pip copies and types are checked. The tests run alone.
+# Two recipes at a time: llama.cpp compiles, giving way, while pip copies and types are checked. The tests run alone.
 MAKEFLAGS += --jobs=2
 
 # Sleeping instead of spinning at barriers: ten times faster when another job shares the cores.
@@ -69,7 +69,7 @@ $(VENV)/python.stamp: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/llama.stamp: constraints.txt .ci/llama.cmake | $(BIN)/python
 	@$(BIN)/python -c 'import llama_cpp.server.app' 2>/dev/null || \
 	CMAKE_ARGS='-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/.ci/llama.cmake' \
-	$(WHEEL) 'llama-cpp-python>=0.3.36' || \
+	nice -n 10 $(WHEEL) 'llama-cpp-python>=0.3.36' || \
 	{ echo 'llama-cpp-python does not compile here (C++ compiler?): no tests of it'; test -z "$$CI"; }
 	@touch $@
 
