@@ -149,7 +149,7 @@ def test_rows_with_settings_of_their_own_are_told() -> None:
             one["command"] = typed("--no-speed", "--set rival.window=256") if number in numbers else typed()
         return benchpages.otherwise(data, rows)
 
-    words = "(with `--no-speed --set rival.window=256`)."
+    words = "(with `--set rival.window=256`)."
     assert told(4, 5, 6, 7) == f"Made otherwise: shen {words}"
     assert told(0, 1, 4, 5, 6, 7) == f"Made otherwise: flap on c and shen {words}"
     assert told(5) == f"Made otherwise: shen on c at 80% {words}"

@@ -25,13 +25,7 @@ from prunus.recording.pictures import BLUE, GREY, INK, STYLE
 
 FAR = 30.0  # times the dense perplexity: what is worse is not drawn
 SAME = 0.01  # lines that are nowhere further apart, relatively, are drawn as one
-SPANNED = (
-    "--methods",
-    "--keep",
-    "--calibration",
-    "--text",
-    "--out",
-)  # options that a file's command has for all its rows
+SPANNED = ("--methods", "--keep", "--calibration", "--text", "--out", "--no-speed")  # options that say nothing of a row
 WIDTH, LINE, LETTER = 6.2, 0.145, 0.064  # inches: of a panel; of a line of names and a letter of it
 SHARE = "kept of the decoder blocks (%)"
 ORANGE, VERMILION, RUST, GREEN, LIME, ASH = "#E69F00", "#D55E00", "#8C2D04", "#009E73", "#7FA800", "#A6A6A6"
