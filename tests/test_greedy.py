@@ -25,8 +25,7 @@ def test_candidates_together_have_the_losses_of_the_extracted_networks(
     s = Subject(model, ids, window=16)
     sub = without(s, [1])
     candidates = [less(sub, block) for block in blocks(sub)] + [without(s, [1, 2])]
-    s.count(0)
-    found = sleb.losses(s, sub, candidates)
+    found, spent = s.run(lambda: sleb.losses(s, sub, candidates))
     for candidate, value in zip(candidates, found, strict=True):
         with torch.no_grad():
             logits = extract(model, s.family, candidate)(input_ids=ids[:1], use_cache=False).logits
@@ -34,4 +33,4 @@ def test_candidates_together_have_the_losses_of_the_extracted_networks(
         assert value == pytest.approx(float(alone), abs=1e-5)
     n = len(s.whole.layers)
     dearest = n * len(candidates)  # layers, if every candidate ran from the embedding on
-    assert 0 < s._tokens[-1] * n / 16 < dearest
+    assert 0 < spent.forward_tokens * n / 16 < dearest
