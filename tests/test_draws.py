@@ -221,6 +221,8 @@ def test_bins_that_stay_empty_are_told_and_no_network_at_all_is_refused() -> Non
     assert all(high > low for low, high in found.empty)
     with pytest.raises(UserError, match="have one size"):
         draws.pool_of(space, lambda sub: 1.0, "grid-params")
+    with pytest.raises(UserError, match="none of 2 draws fell into a bin"):
+        draws.pool_of(space, cost, "grid-params", bins=2, trials=1, least=0.999 * cost(space.largest()))
 
 
 def test_magnitude_is_the_sum_of_absolute_weights() -> None:

@@ -25,7 +25,7 @@ from prunus.models.families import family_of, full
 from prunus.models.slicing import activate, extract
 from prunus.pipeline import compress, step
 from prunus.subnetwork import LayerShape, SubNetwork
-from prunus.training import supernet
+from prunus.training import draws, supernet
 from prunus.training.recovery import recover
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -180,6 +180,23 @@ def test_every_strategy_sampler_and_teacher_trains_a_run(
     assert len(chosen) >= 2 * bool(pool["bins"]) and all(one["chosen"] for one in chosen)
 
 
+def test_networks_are_chosen_again_only_for_settings_that_decide_them(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    before = (out / "pool.json").read_bytes()
+
+    def choose(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("chosen again")
+
+    monkeypatch.setattr(draws, "pool_of", choose)
+    step(out, "train", {"train.lr": 1e-5, "train.steps": 1})
+    assert (out / "pool.json").read_bytes() == before
+    with pytest.raises(RuntimeError, match="chosen again"):
+        step(out, "train", {"train.bins": 5})
+
+
 def test_a_run_without_training_data_cannot_train(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(trained[0], out)
@@ -283,6 +300,7 @@ def test_what_a_run_cannot_train_is_refused_before_any_long_work(
             ({"train__report_to": "nowhere"}, "nowhere is not supported"),
             ({"train__length": 4096}, r"at most the model's .* --window 4096"),
             ({"train__rank": 2, "train__adapt": "all"}, "use --adapt linear"),
+            ({"train__bins": 3, "train__trials": 1, "train__least": 0.98}, "none of 3 draws fell into a bin"),
             ({"test_text": str(TEXT)}, "test text and training text at once"),
         )
     ):

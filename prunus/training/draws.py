@@ -116,16 +116,12 @@ def pool_of(
         return Pool(())
     if sampler == "grid":
         return Pool(_unique([along(space, k / (bins - 1)) for k in range(bins)] if bins > 1 else ends))
-    rng = random.Random(f"{sampler == 'grid-params'} {seed}")
     one = sampler == "grid-params"
     if not one and score is None:
         raise ValueError(f"{sampler} needs a score")
+    refuse_empty(space, cost, sampler, bins=bins, trials=trials, seed=seed, least=least)
+    rng = _generator(sampler, seed)
     filled, attempts = fill(space, cost, bins=bins, draws=1 if one else draws, trials=trials, rng=rng, least=least)
-    if not any(b.candidates for b in filled):
-        raise UserError(
-            f"none of {attempts} draws fell into a bin; give a lower train.least, more attempts (train.trials) or "
-            "another --space"
-        )
     decided = []
     for b in filled:
         best = (
@@ -136,6 +132,25 @@ def pool_of(
     chosen = [b.chosen for b in decided if b.chosen is not None]
     smallest = [ends[0]] if cost(ends[0]) >= least else []
     return Pool(_unique([*smallest, *chosen, ends[1]]), tuple(decided), attempts)
+
+
+def refuse_empty(
+    space: Space, cost: Cost, sampler: Sampler, *, bins: int, trials: int, seed: int, least: float
+) -> None:
+    """Raise UserError where no bin would hold any network; the first draw that falls into one settles that."""
+    if sampler in ("random", "grid"):
+        return
+    rng = _generator(sampler, seed)
+    (whole,), attempts = fill(space, cost, bins=1, draws=1, trials=trials * bins, rng=rng, least=least)
+    if not whole.candidates:
+        raise UserError(
+            f"none of {attempts} draws fell into a bin; give a lower train.least, more attempts (train.trials) or "
+            "another --space"
+        )
+
+
+def _generator(sampler: Sampler, seed: int) -> random.Random:
+    return random.Random(f"{sampler == 'grid-params'} {seed}")
 
 
 def _unique(subs: Iterable[SubNetwork]) -> tuple[SubNetwork, ...]:
@@ -210,4 +225,7 @@ def histogram(
     return counts
 
 
-__all__ = ["Bin", "Pool", "Sampler", "Strategy", "draw_of", "fill", "histogram", "in_brief", "magnitude", "pool_of"]
+__all__ = [
+    "Bin", "Pool", "Sampler", "Strategy", "draw_of", "fill", "histogram", "in_brief", "magnitude", "pool_of",
+    "refuse_empty",
+]  # fmt: skip

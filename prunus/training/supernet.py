@@ -8,9 +8,10 @@ model's.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,12 @@ from prunus.models import checkpoint, costs
 from prunus.models.families import full
 from prunus.models.precision import cast
 from prunus.models.slicing import activate, sort
-from prunus.recording.artefact import remove
+from prunus.recording.artefact import load_json, remove, write_text
 from prunus.reforming import levels
 from prunus.scoring import importance
 from prunus.searching.grids import Space, cuts_hidden
 from prunus.searching.objective import Divergence
+from prunus.searching.space import Cost
 from prunus.steps import Session, measure_moments, sort_model, space_of_run
 from prunus.subnetwork import SubNetwork
 from prunus.texts.instructions import Windows, windows_of
@@ -65,6 +67,11 @@ def check(s: Session, anew: bool = False) -> None:
     states.refuse_processes(s.run.path("training"), launched.processes())
     if c.rank:
         adapters.check(s.model, s.family, c.adapt)
+    space = space_of_run(s)
+    draws.refuse_empty(
+        space, _cost(s), _sampler(s), bins=c.bins, trials=c.trials, seed=s.config.seed,
+        least=c.least * _cost(s)(space.largest()),
+    )  # fmt: skip
     windows(s)
 
 
@@ -225,12 +232,7 @@ def _job(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space, fo
 
 def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> draws.Pool:
     """The networks that are drawn, from the run where they were chosen before."""
-    c = s.config.train
-    standard = c.strategy == "standard"  # nothing is drawn
-    sampler: draws.Sampler = "random" if standard else c.sampler  # type: ignore[assignment]
-
-    def cost(sub: SubNetwork) -> float:
-        return float(costs.parameters(s.layout, sub, "all"))
+    c, sampler, cost = s.config.train, _sampler(s), _cost(s)
 
     def choose() -> dict[str, Any]:
         n = 0 if sampler in ("random", "grid") else c.bins
@@ -249,7 +251,7 @@ def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -
             "networks": [sub.to_json() for sub in found.networks],
             "bins": [_as_data(b) for b in found.bins],
             "attempts": found.attempts,
-            "histogram": {} if standard else {
+            "histogram": {} if c.strategy == "standard" else {
                 "random": draws.histogram(space, cost, None, seed=s.config.seed),
                 "pool": draws.histogram(space, cost, found, seed=s.config.seed) if found.networks else [],
                 "least": cost(space.smallest()), "most": cost(space.largest()), "sampler": sampler,
@@ -257,12 +259,37 @@ def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -
             },
         }  # fmt: skip
 
-    raw = s.run.do("train", "pool.json", choose)
+    raw = s.run.do("train", "pool.json", lambda: _once(s, space, sampler, choose))
     bins = tuple(
         draws.Bin(b["low"], b["high"], (), SubNetwork.from_json(b["chosen"]) if b["chosen"] else None)
         for b in raw["bins"]
     )
     return draws.Pool(tuple(SubNetwork.from_json(text) for text in raw["networks"]), bins, raw["attempts"])
+
+
+def _sampler(s: Session) -> draws.Sampler:
+    """How networks are drawn; a training of the full network alone draws none."""
+    asked: draws.Sampler = s.config.train.sampler  # type: ignore[assignment]
+    return "random" if s.config.train.strategy == "standard" else asked
+
+
+def _cost(s: Session) -> Cost:
+    """What bins are made of: all parameters."""
+    return lambda sub: float(costs.parameters(s.layout, sub, "all"))
+
+
+def _once(s: Session, space: Space, sampler: str, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A pool as it was chosen for these very settings, which a change of others (a lower `--lr`) leaves as it is."""
+    c = s.config.train
+    asked = [space.key(), sampler, c.sort, c.bins, c.draws, c.trials, c.least, s.config.seed]
+    file = _folder(s) / "pool.json"
+    if file.is_file() and (kept := load_json(file))["asked"] == asked:
+        found: dict[str, Any] = kept["pool"]
+        return found
+    found = choose()
+    file.parent.mkdir(exist_ok=True)
+    write_text(file, json.dumps({"asked": asked, "pool": found}))
+    return found
 
 
 def _as_data(one: draws.Bin) -> dict[str, Any]:
