@@ -172,18 +172,19 @@ def _axis_order(
             if f not in order or (f != "hidden" and layer is None):
                 continue
             moved = True
-            new = order[f] if f == "hidden" else order[f][layer]  # type: ignore[index]
-            assert isinstance(new, Tensor)
+            named = order[f] if f == "hidden" else order[f][layer]  # type: ignore[index]
+            assert isinstance(named, Tensor)
+            new = named.cpu()
             if f == "kv_heads" and "q_per_kv" in factors and "q_per_kv" in order:
                 # heads first, inside the groups as they were named; then the groups move with their heads
-                heads = order["q_per_kv"][layer]  # type: ignore[index]
+                heads = order["q_per_kv"][layer].cpu()  # type: ignore[index]
                 index = torch.stack([g.index_select(0, h) for g, h in zip(index, heads, strict=True)])
             if f == "q_per_kv":
                 if "kv_heads" in order:
                     continue
                 index = torch.stack([g.index_select(0, h) for g, h in zip(index, new, strict=True)])
                 continue
-            index = index.index_select(k, new.cpu())
+            index = index.index_select(k, new)
         pieces.append(index.flatten() + start)
         start += n
     return torch.cat(pieces) if moved else None

@@ -83,7 +83,8 @@ def unsorted(model: Any) -> Orders:
 
 def permute_grams(grams: Grams, orders: Orders, d: dict[str, int]) -> Grams:
     """The Grams as they are after `slicing.sort` with these orders."""
-    columns = torch.stack([g[h] for g, h in zip(_columns(d), orders["q_per_kv"], strict=True)])[orders["kv_heads"]]
+    heads, groups = orders["q_per_kv"].cpu(), orders["kv_heads"].cpu()  # row numbers are worked out on the CPU
+    columns = torch.stack([g[h] for g, h in zip(_columns(d), heads, strict=True)])[groups]
     a, m = columns.flatten().to(grams.attention.device), orders["mlp"].to(grams.mlp.device)
     attention, mlp = grams.attention[a][:, a].contiguous(), grams.mlp[m][:, m].contiguous()
     return Grams(attention, mlp, grams.attention_mean[a], grams.mlp_mean[m])
