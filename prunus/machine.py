@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -39,6 +40,14 @@ class Meter:
         self.peak_bytes = max(self.peak_bytes, peak_bytes())
         if cuda := _cuda():
             self.peak_cuda_bytes = max(self.peak_cuda_bytes, int(cuda.max_memory_allocated()))
+
+    def end(self, around: Iterable[Meter]) -> float:
+        """Its seconds; the measurements around it leave out what it counted, so that nothing is counted twice."""
+        seconds = time.monotonic() - self.start
+        for meter in around:
+            meter.start += seconds
+            meter.forward_tokens -= self.forward_tokens
+        return seconds
 
     def grown(self) -> tuple[int, int]:
         """Peaks above what was resident when the measurement began, bytes: of the process, and on the CUDA device."""

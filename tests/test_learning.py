@@ -31,6 +31,12 @@ DATA: dict[str, Any] = {"data": "rows.jsonl"}
         ({"rank": 8, "lr": 1e-3}, {"asked": ("train.lr",)}, "--lr would change nothing: nothing is trained"),
         ({**DATA, "strategy": "standard", "ce": 0.5}, {}, "--ce would change nothing: nobody teaches"),
         ({**DATA, "divergence": "js"}, {"one": True, "teacher": False}, "--divergence would change nothing"),
+        ({**DATA, "strategy": "random", "kd": 2.0}, {}, "--kd would change nothing: nobody teaches"),
+        ({**DATA, "strategy": "random", "drawn": 3}, {}, "train.drawn would change nothing: --strategy random"),
+        ({**DATA, "sampler": "random", "bins": 4}, {}, "train.bins would change nothing: --sampler random"),
+        ({**DATA, "sampler": "grid-params", "draws": 4}, {}, "train.draws would change nothing: --sampler grid-params"),
+        ({**DATA, "holdout": 0, "eval_every": 5}, {}, "train.eval_every would change nothing: no window is held out"),
+        ({"data": "a.txt", "packing": False}, {}, "train.packing would change nothing: a.txt is one text"),
         ({**DATA, "bins": 4}, {"one": True}, "train.bins would change nothing: it is about sub-networks"),
     ],
 )
@@ -51,6 +57,8 @@ def test_settings_that_would_change_nothing_are_refused(
         ({**DATA, "strategy": "sandwich-grid", "sampler": "grid", "bins": 4}, {}),
         ({**DATA, "divergence": "js", "ce": 0.5}, {"one": True}),
         ({**DATA, "lr": 1e-3, "rank": 4}, {"one": True, "teacher": False}),
+        ({**DATA, "strategy": "random", "teacher": "dense", "divergence": "js"}, {}),
+        ({"data": "a.jsonl", "column": "body", "packing": False}, {}),
         ({**DATA, "strategy": "standard", "bins": 4}, {"asked": ("train.strategy",)}),  # bins are the run's own
     ],
 )
@@ -90,7 +98,7 @@ def test_states_that_the_disk_cannot_take_are_refused_before_training(
         fit(one)
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     monkeypatch.setattr(states.shutil, "disk_usage", lambda path: usage(0, 0, 3 * each))
-    states.refuse_full_disk(tmp_path / "out", one.model)
+    states.refuse_full_disk(tmp_path / "out", each // 12)
 
 
 def test_states_of_another_number_of_processes_are_kept_and_named(tmp_path: Path) -> None:

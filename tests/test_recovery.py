@@ -24,6 +24,7 @@ from prunus.models import loading
 from prunus.models.families import family_of, full
 from prunus.models.slicing import activate, extract
 from prunus.pipeline import compress, step
+from prunus.recording.lock import acquire
 from prunus.subnetwork import LayerShape, SubNetwork
 from prunus.training import draws, supernet
 from prunus.training.recovery import recover
@@ -77,8 +78,30 @@ def test_a_network_recovers_and_loads_like_any_other(rank: int, small: Path, tmp
     written = (tmp_path / "out" / "prunus.json").stat().st_mtime_ns
     again = recover(config(small, train__rank=rank), str(MODEL), tmp_path / "out")
     assert again["tokens"] == found["tokens"] and (tmp_path / "out" / "prunus.json").stat().st_mtime_ns == written
-    with pytest.raises(UserError, match="another network"):
-        recover(config(small, train__rank=rank, seed=3), str(MODEL), tmp_path / "out")
+    for changes, teacher in (({"seed": 3}, str(MODEL)), ({}, None), ({}, str(small))):
+        with pytest.raises(UserError, match="another network"):
+            recover(config(small, train__rank=rank, **changes), teacher, tmp_path / "out")
+    assert not (tmp_path / "out.training").exists()
+
+
+def test_one_command_at_a_time_trains_into_a_directory(small: Path, tmp_path: Path) -> None:
+    lock = acquire(tmp_path / "out.training")
+    with pytest.raises(UserError, match=r"process \d+ .* is working on .*out.training"):
+        recover(config(small), str(MODEL), tmp_path / "out")
+    lock.release()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_recovers_without_a_teacher_into_the_directory_it_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    recover(config(MODEL, train__steps=1), None, ".")
+    card = (tmp_path / "here" / "README.md").read_text()
+    assert f"# {MODEL.name}, trained further" in card and "Trained by Prunus on" in card
+    assert "| held-out windows | nats per token |\n" in card and "nan" not in card
+    assert not (tmp_path / "here.training").exists()
 
 
 @pytest.mark.parametrize("method", ["llm-pruner", "flap", "slicegpt"])  # stock, with biases, a class of its own
@@ -110,7 +133,8 @@ def test_what_recover_cannot_do_is_refused_before_any_training(small: Path, tmp_
 
 
 def run_config(**changes: Any) -> CompressConfig:
-    quick = {"train__bins": 4, "train__draws": 3, "train__steps": 12, "train__lr": 1e-3}
+    quick = {"train__bins": 4, "train__steps": 12, "train__lr": 1e-3}
+    quick |= {} if changes.get("train__sampler") == "grid-params" else {"train__draws": 3}
     return config(
         MODEL, calibration__source=str(TEXT), calibration__samples=24, calibration__length=128, calibration__holdout=8,
         search__mlp_step=8, **{"keep": (0.6,), "search__generations": 0, **quick, **changes},
@@ -195,6 +219,32 @@ def test_networks_are_chosen_again_only_for_settings_that_decide_them(
     assert (out / "pool.json").read_bytes() == before
     with pytest.raises(RuntimeError, match="chosen again"):
         step(out, "train", {"train.bins": 5})
+
+
+def test_states_of_the_dense_model_are_told_apart_by_the_order_of_its_channels(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, names = tmp_path / "run", []
+    shutil.copytree(trained[0], out)
+
+    def stop(model: Any, folder: Any, ids: Any, name: str) -> Any:
+        names.append(name)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(supernet, "Teacher", stop)
+    for space in ("groups", "llama_joint", "groups"):
+        with pytest.raises(RuntimeError, match="seen"):
+            step(out, "train", {"train.teacher": "dense", "train.space": space})
+    assert names[0] == names[2] != names[1]
+
+
+def test_what_was_trained_on_is_no_test_text_afterwards_either(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained[0], out)
+    with pytest.raises(UserError, match="test text and training text at once"):
+        step(out, "report", {"test_text": str(TEXT), "test_length": 64, "test_chunks": 2})
 
 
 def test_a_run_without_training_data_cannot_train(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -300,7 +350,7 @@ def test_what_a_run_cannot_train_is_refused_before_any_long_work(
             ({"train__report_to": "nowhere"}, "nowhere is not supported"),
             ({"train__length": 4096}, r"at most the model's .* --window 4096"),
             ({"train__rank": 2, "train__adapt": "all"}, "use --adapt linear"),
-            ({"train__bins": 3, "train__trials": 1, "train__least": 0.98}, "none of 3 draws fell into a bin"),
+            ({"train__bins": 3, "train__trials": 1, "train__least": 0.98}, "none of 3 draws but the full network"),
             ({"test_text": str(TEXT)}, "test text and training text at once"),
         )
     ):

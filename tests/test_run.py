@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,24 @@ def test_an_exception_loses_nothing_that_was_finished(tmp_path: Path) -> None:
         run.do("calibrate", "tokens.json", never)
         run.do("score", "scores.json", finished)
         assert run.costs()["score"]["forward_tokens"] == 100  # the broken attempt was paid for too
+
+
+def test_what_is_made_inside_of_another_artefact_is_charged_once(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", config(), SOURCE) as run:
+
+        def inside() -> Any:
+            run.count_tokens(7)
+            time.sleep(0.2)
+            return [1]
+
+        def outside() -> Any:
+            run.count_tokens(1)
+            return run.do("train", "pool.json", inside)
+
+        run.do("train", "log.json", outside)
+        cost = {file: run.manifest["artefacts"][file] for file in ("pool.json", "log.json")}
+    assert [one["forward_tokens"] for one in cost.values()] == [7, 1]
+    assert cost["log.json"]["seconds"] < 0.2 <= cost["pool.json"]["seconds"]
 
 
 # ----------------------------------------------------------------------------------------------------------- refusing

@@ -193,6 +193,9 @@ def test_locks_of_a_process_are_free_after_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
+        ("sqlite:///", "names no file: the study would lie in this process's memory"),
+        ("sqlite://", "names no file"),
+        ("sqlite:///:memory:", "names no file"),
         ("sqlite:/trials.db", "is the URL of a database .* ends in .journal; given 'sqlite:/trials.db'"),
         ("trials.db", "ends in .journal"),
         ("://host/db", "is the URL of a database"),

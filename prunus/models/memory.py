@@ -184,6 +184,9 @@ def refuse_too_large(config: Any, dtype: torch.dtype, device: str = "cpu", work:
     if weights < free and (step == "extract" or (step == "score" and work.curvature)):
         advice.append("fewer or shorter calibration windows")
         advice.append("--set reform." + ("sequential=false" if step == "extract" else "fisher=0"))
+    if weights < free and step == "train" and work.train is not None:
+        advice += ["a smaller --micro-batch or --window", "--set train.checkpointing=true"]
+        advice += [] if work.train.rank else ["--rank 32"]
     where = f" and {needs[step] / 1e9:.1f} GB for the step {step}" if step else ""
     raise UserError(
         f"not enough memory on {device}: this model needs about {need / 1e9:.1f} GB in {str(dtype).rpartition('.')[2]} "

@@ -272,7 +272,7 @@ def _training(data: ReportData) -> str:
     words = [
         "## What the training did",
         f"{found['steps']:,} steps, {found['tokens']:,} tokens of {_cell(found['data'])} in "
-        f"{found['seconds'] / 60:,.0f} minutes{together}. Divergences on this page are from the full network as it is "
+        f"{_lasted(found['seconds'])}{together}. Divergences on this page are from the full network as it is "
         "after that; a part of what the perplexities gain is the training's text, which the row of the full network "
         "shows.",
     ]
@@ -285,6 +285,10 @@ def _training(data: ReportData) -> str:
         rows = [[_cell(name), *(f"{row[f'eval_{name}_nats']:.4f}" for row in ends)] for name in names]
         words.append(table(["sub-network, nats per token of held-out windows", "before", "after"], rows))
     return "\n\n".join(words)
+
+
+def _lasted(seconds: float) -> str:
+    return f"{seconds / 60:,.0f} minutes" if seconds >= 120 else f"{seconds:.0f} seconds"
 
 
 def _draws(data: ReportData) -> str:

@@ -454,7 +454,7 @@ class Run:
                 meter.see()
             self._meters.remove(own)
             spent = {
-                "seconds": round(before["seconds"] + time.monotonic() - own.start, 3),
+                "seconds": round(before["seconds"] + own.end(self._meters), 3),
                 "forward_tokens": before["forward_tokens"] + own.forward_tokens,
             }
             out |= {**spent, "peak_bytes": own.peak_bytes, "peak_cuda_bytes": own.peak_cuda_bytes}

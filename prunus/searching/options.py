@@ -74,10 +74,15 @@ def check_storage(storage: str | None) -> None:
     if storage is None or ("://" not in storage and storage.endswith(".journal")):
         return
     scheme, colon, rest = storage.partition("://")
-    if not colon or not scheme or not rest:
+    if not colon or not scheme or (not rest and not scheme.startswith("sqlite")):
         raise UserError(
             "search.storage is the URL of a database (sqlite:////shared/trials.db, postgresql://user@host/name), or a "
             f"file that ends in .journal; given {storage!r}"
+        )
+    if scheme.startswith("sqlite") and rest.strip("/") in ("", ":memory:"):
+        raise UserError(
+            "search.storage names no file: the study would lie in this process's memory, which nobody shares and "
+            f"a stop loses; write it as sqlite:////shared/trials.db; given {storage!r}"
         )
     try:
         password = urlsplit(storage).password

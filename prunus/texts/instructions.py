@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prunus.errors import UserError
 from prunus.texts.calibration import _read, encode, file_text, needs_bos
-from prunus.training.learning import TrainConfig
+from prunus.training.learning import ROWS, TrainConfig
 
 IGNORED = -100  # the label of a token that carries no loss, as everywhere in transformers
 ALPACA = ("instruction", "output")
@@ -100,7 +100,7 @@ def training_windows(
         limit = "" if positions is None else f" and at most the model's {positions} positions"
         raise UserError(f"a training window has at least 2 tokens{limit}; given --window {length}")
     _refuse_test(path, allow_test)
-    rows = list(read_rows(path, column)) if path.suffix.lower() in (".json", ".jsonl", ".ndjson") else None
+    rows = list(read_rows(path, column)) if path.suffix.lower() in ROWS else None
     if rows is None:
         windows = _text_windows(file_text(path), tokenizer, length)
     else:
@@ -134,7 +134,13 @@ def _refuse_test(path: Path, allow: bool) -> None:
 def read_rows(path: Path, column: str | None = None) -> Iterator[list[dict[str, str]] | str]:
     """Conversations (lists of `role` and `content`) or texts; raises UserError naming the row that is neither."""
     for number, raw in _objects(path):
-        yield _row(raw, f"{path.name}, row {number}", column)
+        where = f"{path.name}, row {number}"
+        row = _row(raw, where, column)
+        try:
+            "".join([row] if isinstance(row, str) else [message["content"] for message in row]).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where} holds half of a character ({error.reason}); mend or delete the row") from error
+        yield row
 
 
 def _objects(path: Path) -> Iterator[tuple[int, Any]]:
@@ -142,10 +148,8 @@ def _objects(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix.lower() == ".json":
         try:
             whole = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path.name} is not JSON (line {error.lineno}: {error.msg}); give a list of rows"
-            ) from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path.name} is not JSON that can be read ({error}); give a list of rows") from error
         if isinstance(whole, dict):  # {"data": [...]}: the one list in it
             lists = [value for value in whole.values() if isinstance(value, list)]
             whole = lists[0] if len(lists) == 1 else None
@@ -157,18 +161,18 @@ def _objects(path: Path) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path.name}, line {number}: not JSON ({error.msg})") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path.name}, line {number}: not JSON ({error})") from error
 
 
 def _row(raw: Any, where: str, column: str | None) -> list[dict[str, str]] | str:
     if not isinstance(raw, Mapping):
         raise UserError(f"{where} is a {type(raw).__name__}, not an object with named fields")
     talks = {"messages", "conversations", "output"} & raw.keys()
-    if column is not None or (isinstance(raw.get("text"), str) and not talks):
+    if column is not None or ("text" in raw and not talks):
         text = raw.get(column or "text")
         if not isinstance(text, str):
-            raise UserError(f"{where} has no text in the field {column!r}; its fields are: {', '.join(raw)}")
+            raise UserError(f"{where} has no text in the field {column or 'text'!r}; its fields are: {', '.join(raw)}")
         return text
     if "messages" in raw or "conversations" in raw:
         return _messages(raw.get("messages", raw.get("conversations")), where)

@@ -137,15 +137,15 @@ def pool_of(
 def refuse_empty(
     space: Space, cost: Cost, sampler: Sampler, *, bins: int, trials: int, seed: int, least: float
 ) -> None:
-    """Raise UserError where no bin would hold any network; the first draw that falls into one settles that."""
+    """Raise UserError where no bin would hold any network but the full one; the first one that does settles that."""
     if sampler in ("random", "grid"):
         return
     rng = _generator(sampler, seed)
-    (whole,), attempts = fill(space, cost, bins=1, draws=1, trials=trials * bins, rng=rng, least=least)
-    if not whole.candidates:
+    (whole,), attempts = fill(space, cost, bins=1, draws=2, trials=trials * bins, rng=rng, least=least)
+    if not {*whole.candidates} - {space.largest()}:
         raise UserError(
-            f"none of {attempts} draws fell into a bin; give a lower train.least, more attempts (train.trials) or "
-            "another --space"
+            f"none of {attempts} draws but the full network fell into a bin; give a lower train.least, more attempts "
+            "(train.trials) or another --space"
         )
 
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from prunus.errors import UserError
-from prunus.setting import ANYWHERE, Section, Setting, declared, setting
+from prunus.setting import ANYWHERE, Section, declared, setting
 
 ADAPTERS = ("alpha", "dropout", "adapt")
 DRAWN = ("sampler", "drawn", "bins", "draws", "least", "reformed", "trials")
 DISTILLED = ("ce", "kd", "divergence", "temperature")
+UNREAD = {  # what a sampler does not read
+    "random": ("bins", "draws", "least", "trials"),
+    "grid": ("draws", "least", "trials"),
+    "grid-params": ("draws",),
+}
+ROWS = (".json", ".jsonl", ".ndjson")  # files of rows; others are one text
 ADAPTED = {"linear": ("attention", "mlp"), "all": ("attention", "mlp", "embedding", "head")}  # short for several
 
 
@@ -111,13 +118,16 @@ class TrainConfig(Section):
         super().__post_init__()
         if self.sampler == "calibrated":
             object.__setattr__(self, "sampler", "calibrated-kl")
-        if self.drawn is None:
-            object.__setattr__(self, "drawn", 3 if self.strategy == "sandwich-grid" else 2)
         adapted(self.adapt)
         if not self.ce and not self.kd:
             raise UserError(
                 "train.ce and train.kd are both 0, so a network with a teacher would learn nothing; give --ce or --kd"
             )
+
+    @property
+    def n_drawn(self) -> int:
+        """Sub-networks that are drawn in each step of a sandwich."""
+        return self.drawn or (3 if self.strategy == "sandwich-grid" else 2)
 
     def refuse_idle(self, *, one: bool = False, teacher: bool = True, asked: Container[str] | None = None) -> None:
         """Raise UserError for settings that were given and would change nothing.
@@ -129,7 +139,7 @@ class TrainConfig(Section):
         given = [
             name
             for name, known in whole.items()
-            if getattr(self, name) != self._default(known) and (asked is None or self.prefix + name in asked)
+            if getattr(self, name) != known.default and (asked is None or self.prefix + name in asked)
         ]
 
         def refuse(names: Container[str], why: str, instead: str) -> None:
@@ -146,12 +156,18 @@ class TrainConfig(Section):
                    "trained", "train a run's super-network")  # fmt: skip
         elif self.strategy == "standard":
             refuse(DRAWN, "--strategy standard trains the full network alone", "take another strategy")
+        else:
+            if self.strategy == "random":
+                refuse(("drawn",), "--strategy random draws one network in each step", "take a sandwich")
+            refuse(UNREAD.get(self.sampler, ()), f"--sampler {self.sampler} does not read it", "take another sampler")
+        if not one and self.strategy in ("standard", "random"):  # no full network runs beside the one that learns
             teacher = self.teacher == "dense"
         if not teacher:
             refuse(DISTILLED, "nobody teaches, so that the cross entropy is all there is", "name a --teacher")
-
-    def _default(self, known: Setting) -> Any:
-        return (3 if self.strategy == "sandwich-grid" else 2) if known.key == "drawn" else known.default
+        if not self.holdout:
+            refuse(("eval_every",), "no window is held out", "give train.holdout")
+        if self.data and Path(self.data).suffix.lower() not in ROWS:
+            refuse(("column", "packing"), f"{Path(self.data).name} is one text without rows", "give .json or .jsonl")
 
 
 def adapted(names: str) -> tuple[str, ...]:

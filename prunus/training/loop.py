@@ -382,7 +382,7 @@ def fit(job: Job) -> Fitted:
     done = last is not None and states.step_of(last) >= total
     eased = states.remember(job.out, identity(job, args.world_size), done=done, write=is_main())
     if not done:
-        states.refuse_full_disk(job.out, job.model)
+        states.refuse_full_disk(job.out, sum(p.numel() for p in job.model.parameters() if p.requires_grad))
     if last is not None and done:
         seconds = states.load(job.model, last)
         history = list(json.loads((last / states.WHOLE).read_text())["log_history"])
@@ -470,8 +470,8 @@ def arguments(job: Job) -> TrainingArguments:
 
 def identity(job: Job, processes: int) -> dict[str, Any]:
     """What makes a training this one, as plain data: models, text, seed and settings."""
-    note = {**job.belongs_to, "processes": processes, "windows": states.digest(job.windows), "seed": job.seed}
-    note |= {key: value for key, value in vars(job.config).items() if key not in LOOKS}
+    note = {key: value for key, value in vars(job.config).items() if key not in LOOKS}
+    note |= {"processes": processes, "windows": states.digest(job.windows), "seed": job.seed, **job.belongs_to}
     found: dict[str, Any] = json.loads(json.dumps(note))
     return found
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from prunus.models.families import family_of
 from prunus.models.loading import Loaded
 from prunus.models.memory import NOTHING, Work
 from prunus.progress import Progress, silent
-from prunus.texts.instructions import windows_of
+from prunus.recording.lock import acquire
+from prunus.texts.instructions import Windows, windows_of
 from prunus.training import adapters, states
 from prunus.training.loop import Fitted, Job, arguments, fit, identity, trainer_steps
 from prunus.training.teaching import Teacher
@@ -35,6 +37,8 @@ def recover(
     the user can mend, before any training.
     """
     target, c = Path(out), config.train
+    if target.name in ("", ".."):
+        target = target.resolve()
     if c.data is None:
         raise UserError("no training data were named; give --train FILE (.jsonl rows or text)")
     c.refuse_idle(one=True, teacher=teacher is not None)
@@ -46,12 +50,39 @@ def recover(
     dense = _load(config, teacher) if teacher else None
     if dense is not None:
         _refuse_unlike(student, dense)
-    family = family_of(student.model.config)
+    with _alone(target.with_name(f"{target.name}.training")) as folder:
+        return _recover(config, teacher, target, folder, student, dense, (windows, holdout), progress)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[Path]:
+    """One command at a time trains into a folder, all processes of a launch together; UserError for another one."""
+    lock = acquire(folder) if is_main() else None
+    try:
+        yield folder
+    finally:
+        if lock is not None:
+            lock.release()
+            if not (folder / states.RECORD).exists():  # nothing was trained
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _recover(
+    config: CompressConfig,
+    teacher: str | None,
+    target: Path,
+    folder: Path,
+    student: Loaded,
+    dense: Loaded | None,
+    windows: tuple[Windows, Windows | None],
+    progress: Progress,
+) -> dict[str, Any]:
+    """Go on with the training whose states lie in `folder`, or find its result in `target`."""
     _make_trainable(student.model, config)
-    folder = target.with_name(f"{target.name}.training")
-    taught = Teacher(dense.model, folder, windows.ids, dense.source.sha256) if dense is not None else None
+    taught = Teacher(dense.model, folder, windows[0].ids, dense.source.sha256) if dense is not None else None
     job = Job(
-        student.model, family, windows, c, folder, seed=config.seed, teacher=taught, holdout=holdout,
+        student.model, family_of(student.model.config), windows[0], config.train, folder, seed=config.seed,
+        teacher=taught, holdout=windows[1],
         belongs_to={"checkpoint": student.source.sha256, "teacher": dense.source.sha256 if dense else None},
     )  # fmt: skip
     args = arguments(job)
@@ -154,10 +185,12 @@ def _save(student: Loaded, target: Path, found: Mapping[str, Any]) -> None:
 
 def _card(found: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
     base = origin.get("source", {}).get("id") or found["model"]
-    rows = "\n".join(
-        f"| {name} | {ends['nats']:.4f} | {ends.get('kl_nats', float('nan')):.4f} |"
-        for name, ends in found["held_out"].items()
-    )
+    titles = {"nats": "nats per token", "kl_nats": "divergence from the teacher"}
+    shown = [key for key in titles if all(key in ends for ends in found["held_out"].values())]
+    rows = [[name, *(f"{ends[key]:.4f}" for key in shown)] for name, ends in found["held_out"].items()]
+    head = [["held-out windows", *(titles[key] for key in shown)], ["---", *("---:" for _ in shown)]]
+    scores = "\n".join(f"| {' | '.join(row)} |" for row in [*head, *rows]) if rows else ""
+    name, cut = Path(str(base)).name, "subnetwork" in origin
     taught = f"it learnt from {Path(str(found['teacher'])).name}" if found["teacher"] else "without a teacher"
     return f"""---
 library_name: transformers
@@ -165,13 +198,12 @@ pipeline_tag: text-generation
 base_model: {base}
 tags: [prunus, compressed]
 ---
-# A smaller network inside {Path(str(base)).name}, trained further
+# {f"A smaller network inside {name}" if cut else name}, trained further
 
-Cut out by Prunus and then trained on {found["tokens"]:,} tokens of {found["data"]}; {taught}.
+{"Cut out by Prunus and then trained" if cut else "Trained by Prunus"} on {found["tokens"]:,} tokens of \
+{found["data"]}; {taught}.
 
-| held-out windows | nats per token | divergence from the teacher |
-|---|---:|---:|
-{rows}
+{scores}
 
 Load it with `AutoModelForCausalLM.from_pretrained`; where its layers differ in width, with
 `trust_remote_code=True`. The licence is that of the original model, and that of the training data may matter.

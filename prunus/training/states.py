@@ -134,17 +134,17 @@ def refuse_processes(folder: Path, processes: int) -> None:
         )
 
 
-def refuse_full_disk(folder: Path, model: nn.Module) -> None:
-    """Raise UserError where the disk cannot take the states of a training: what is trained and Adam's two moments of
-    it, in float32, in three states at most (two that are kept, and one that is written)."""
-    each = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+def refuse_full_disk(folder: Path, n_trained: int) -> None:
+    """Raise UserError where the disk cannot take the states of a training: the parameters that are trained and Adam's
+    two moments of each, in float32, in three states at most (two that are kept, and one that is written)."""
+    each = 12 * n_trained
     there = len([*folder.glob("checkpoint-*")]) if folder.is_dir() else 0
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
     if (need := each * max(1, 3 - there)) > free:
         raise UserError(
-            f"the states of this training need {need / 1e9:.2f} GB, but the disk of {str(folder)!r} has "
-            f"{free / 1e9:.2f} GB left; make room, give --rank, or choose another --out"
+            f"the states of this training need {need / 1e6:,.1f} MB, but the disk of {str(folder)!r} has "
+            f"{free / 1e6:,.1f} MB left; make room, give --rank, or choose another --out"
         )
 
 

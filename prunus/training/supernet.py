@@ -8,6 +8,7 @@ model's.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import logging
 import random
@@ -51,6 +52,9 @@ def check(s: Session, anew: bool = False) -> None:
     anew: it will be done again.
     """
     c = s.config.train
+    text = s.config.test_text
+    if text and Path(text).resolve() == Path(str(c.data)).resolve():
+        raise UserError(f"{text!r} is test text and training text at once; figures on it would mean nothing")
     if s.run.done("supernet") and not anew:
         return
     from prunus.training.telling import check_installed  # transformers' Trainer takes seconds to import
@@ -60,13 +64,12 @@ def check(s: Session, anew: bool = False) -> None:
             "the full network, which --strategy standard trains, is its teacher at the beginning, so that it would "
             "learn nothing by imitating it; give --ce, --teacher in-place, or another --strategy"
         )
-    text = s.config.test_text
-    if text and Path(text).resolve() == Path(str(c.data)).resolve():
-        raise UserError(f"{text!r} is test text and training text at once; figures on it would mean nothing")
     check_installed(c.report_to)
     states.refuse_processes(s.run.path("training"), launched.processes())
-    if c.rank:
-        adapters.check(s.model, s.family, c.adapt)
+    paths = adapters.check(s.model, s.family, c.adapt) if c.rank else []
+    ends = (sum(s.model.get_submodule(path).weight.shape) for path in paths)  # type: ignore[arg-type]
+    n_trained = c.rank * sum(ends) if c.rank else sum(p.numel() for p in s.model.parameters())
+    states.refuse_full_disk(s.run.path("training"), n_trained)
     space = space_of_run(s)
     draws.refuse_empty(
         space, _cost(s), _sampler(s), bins=c.bins, trials=c.trials, seed=s.config.seed,
@@ -208,13 +211,12 @@ def _job(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space, fo
     from prunus.training.loop import Job
 
     c = s.config.train
-    assert c.drawn is not None
     some, holdout = windows(s)
     pool = _pool(s, ids, orders, space)
     teacher = None
     if c.teacher == "dense":
         dense = copy.deepcopy(s.model)
-        teacher = Teacher(dense, folder, some.ids, f"{s.run.source.get('sha256')}")
+        teacher = Teacher(dense, folder, some.ids, _name_of_dense(s, space))
     if c.rank:
         adapters.attach(
             s.model, s.family, rank=c.rank, alpha=c.alpha, dropout=c.dropout, adapted=c.adapt, seed=s.config.seed
@@ -223,11 +225,17 @@ def _job(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space, fo
         s.model.float()
     job = Job(
         s.model, s.family, some, c, folder, seed=s.config.seed, teacher=teacher, holdout=holdout,
-        draw=draws.draw_of(space, pool, c.strategy, c.drawn), watched=_watched(s, space, pool),
+        draw=draws.draw_of(space, pool, c.strategy, c.n_drawn), watched=_watched(s, space, pool),
         weights=Nested(s.model, s.family, sort_model(s, orders)) if c.reformed else None,
         belongs_to={"model": s.run.source.get("sha256"), "pool": [space.key(), *(n.key() for n in pool.networks)]},
     )  # fmt: skip
     return job, pool
+
+
+def _name_of_dense(s: Session, space: Space) -> str:
+    """What tells the hidden states of the dense model from others: its channels may have been sorted."""
+    order = s.run.path("units.safetensors").read_bytes() if cuts_hidden(space) else b""
+    return hashlib.sha256(f"{s.run.source.get('sha256')}".encode() + order).hexdigest()
 
 
 def _pool(s: Session, ids: Tensor, orders: Mapping[str, Tensor], space: Space) -> draws.Pool:
@@ -281,7 +289,7 @@ def _cost(s: Session) -> Cost:
 def _once(s: Session, space: Space, sampler: str, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A pool as it was chosen for these very settings, which a change of others (a lower `--lr`) leaves as it is."""
     c = s.config.train
-    asked = [space.key(), sampler, c.sort, c.bins, c.draws, c.trials, c.least, s.config.seed]
+    asked = [space.key(), c.strategy == "standard", sampler, c.sort, c.bins, c.draws, c.trials, c.least, s.config.seed]
     file = _folder(s) / "pool.json"
     if file.is_file() and (kept := load_json(file))["asked"] == asked:
         found: dict[str, Any] = kept["pool"]
