@@ -21,6 +21,7 @@ from prunus.models.loading import load
 from prunus.models.memory import Work, memory_needs
 from prunus.pipeline import _left
 from prunus.recording.run import FORMAT
+from prunus.training.learning import TrainConfig
 
 
 @pytest.fixture
@@ -67,6 +68,9 @@ def test_the_step_that_needs_too_much_is_named(source: str, free: Callable[[int]
         load(source, work=Work(4000, 1024, sequential=4000, keep=0.8, steps=("search", "extract")))
     with pytest.raises(UserError, match=r"GB for the step score.*fewer or shorter.*reform.fisher=0"):
         load(source, work=Work(4000, 1024, curvature=True, steps=("score",)))
+    long = TrainConfig(data="rows.jsonl", length=200_000)
+    with pytest.raises(UserError, match=r"step train.*--micro-batch or --window.*checkpointing.*--rank"):
+        load(source, work=Work(8, 64, train=long, steps=("train",)))
 
 
 def test_the_work_is_what_the_settings_say() -> None:
