@@ -48,14 +48,15 @@ def render(page: str, results: Path) -> str:
 
 
 def view(name: str, results: Path) -> str:
-    """One view as Markdown: its table, a sentence, and what was typed where to get it."""
+    """One view as Markdown: its table, a sentence and, folded up, what was typed where to get it."""
     file, _, wanted = name.partition(".")
     path = results / f"{file}.json"
     if not path.exists():
         return f"*No figures yet: `benchmarks/results/{file}.json` does not exist.*"
     data = json.loads(path.read_text(encoding="utf-8"))
     shown = benchpages.view if data["command"].startswith("prunus bench ") else tables.view
-    return shown(data, wanted, f"benchmarks/results/{file}.json")
+    table, _, typed = shown(data, wanted, f"benchmarks/results/{file}.json").rpartition("\n\n")
+    return f"{table}\n\n<details><summary>command, machine, versions</summary>\n\n{typed}\n\n</details>"
 
 
 def picture(name: str, results: Path) -> Figure:
