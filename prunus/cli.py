@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prunus.config import overrides, resolve, settings
+from prunus.config import CompressConfig, overrides, resolve, settings
 from prunus.errors import UserError
 from prunus.flags import UNSEEDED, Verb, flags, given
 from prunus.machine import VERSION, environment, keep_freed_memory
@@ -17,7 +17,7 @@ from prunus.progress import Advance, Tally
 from prunus.recording.artefact import trouble
 from prunus.recording.changes import FIRST, VERBS
 from prunus.setting import ANYWHERE
-from prunus.terminal import Terminal, calm_libraries
+from prunus.terminal import Terminal, calm_libraries, of_bench
 
 if TYPE_CHECKING:
     from prunus.texts.calibration import Join
@@ -99,7 +99,7 @@ def compress(model: str | None, out: str, **parameters: Any) -> None:
     MODEL is a hub id, a local directory, a .gguf file, or `demo`. With --train, also in several processes: torchrun
     --nproc-per-node N -m prunus compress
     """
-    config = resolve(parameters["config"], {**given(parameters), "model": model})
+    config = resolve(parameters["config"], given({**parameters, "model": model}))
     terminal = Terminal(parameters["quiet"])
     from prunus import pipeline
 
@@ -135,6 +135,9 @@ def evaluate(checkpoint: str, against: str | None, join: Join, speed: bool, **pa
     text = config.test_text
     if text is None and not parameters["tasks"]:
         raise UserError("nothing to evaluate on; give --text FILE, --tasks NAMES, or both")
+    for flag, value in (("--against", against), ("--speed", speed)):
+        if text is None and value:
+            raise UserError(f"{flag} compares on a text, and none was given; give --text FILE too, or leave it out")
     if text is not None and not Path(text).is_file():
         raise UserError(f"no text file {text!r}; give --text FILE")
     terminal = Terminal(parameters["quiet"])
@@ -386,21 +389,26 @@ def bench(model: str | None, show: bool, out: str | None, **parameters: Any) -> 
 
     The same command again computes only the rows that are not there; methods, shares and calibrations may be added.
     """
-    from prunus.baselines import bench
+    from prunus.baselines.table import chosen, listed
 
     terminal = Terminal(parameters["quiet"])
     if show:
-        terminal.result(bench.listed(), parameters["json"])
+        terminal.result(listed(), parameters["json"])
         return
-    config = resolve(parameters["config"], {**given({**parameters, "keep": None}), "model": model})
+    typed = given({**parameters, "model": model, "keep": " ".join(parameters["keep"]) or None})
+    asked = overrides(parameters["config"], typed)  # what stands in the file and in --set serves as flags do
+    config = CompressConfig.from_dict(asked)
     if out is None:
         raise UserError("where shall the rows go? Give --out DIR")
+    from prunus.baselines import bench
+
+    windows = (f"{config.test_length}:{config.test_chunks}",) if {"test_length", "test_chunks"} & asked.keys() else ()
     plan = bench.Plan(
-        methods=bench.chosen(parameters["methods"] or ("all",)),
-        keeps=resolve(None, {"model": "any", "keep": " ".join(parameters["keep"] or (".8", ".5"))}).keep,
+        methods=chosen(parameters["methods"] or (asked.get("method", "all"),)),
+        keeps=config.keep if "keep" in asked else (0.8, 0.5),
         calibrations=parameters["calibration"] or (config.calibration.source,),
-        texts=parameters["text"],
-        lengths=bench.read_lengths(parameters["lengths"] or ("2048:5", "128:24")),
+        texts=parameters["text"] or ((config.test_text,) if config.test_text else ()),
+        lengths=bench.read_lengths(parameters["lengths"] or windows or ("2048:5", "128:24")),
         tasks=tuple(word for words in parameters["tasks"] for word in words.split(",")),
         task_path=parameters["tasks_path"],
         task_limit=parameters["limit"],
@@ -408,9 +416,7 @@ def bench(model: str | None, show: bool, out: str | None, **parameters: Any) -> 
     )
     calm_libraries()
     found = bench.run(config, plan, out, terminal.progress())
-    terminal.result({"rows": bench.summary(found["rows"]), "report": found["report"]}, None)
-    if parameters["json"]:
-        Terminal(quiet=True).result(found, parameters["json"])
+    terminal.result(found, parameters["json"], {"rows": of_bench(found["rows"]), "report": found["report"]})
 
 
 STEPS = (
@@ -449,7 +455,7 @@ _step("report", "Figures, pictures and report.md of a run.")
 
 
 @app.command(cls=Verb)
-@click.option("--json", "json_file", metavar="FILE", help="write them as JSON; - for stdout")
-def version(json_file: str | None) -> None:
+@click.option("--json", metavar="FILE", help="write them as JSON; - for stdout")
+def version(json: str | None) -> None:
     """Versions of Prunus and of what it stands on."""
-    Terminal().result(environment(), json_file)
+    Terminal().result(environment(), json)

@@ -21,7 +21,8 @@ import yaml
 from prunus.errors import UserError
 from prunus.searching.options import FrontConfig, check_storage
 from prunus.setting import ANYWHERE, Section, Setting, declared, setting
-from prunus.targets import LIMITS, Kind, Target
+from prunus.targets import LIMITS, Kind, Target, typed, unlike
+from prunus.targets import BudgetConfig as BudgetConfig
 from prunus.training.learning import TrainConfig
 
 STEPS = (  # in the order they run
@@ -194,64 +195,6 @@ class SearchConfig(Section):
 
 
 @dataclass(frozen=True)
-class BudgetConfig(Section):
-    """Targets in milliseconds, tokens per second or megabytes, instead of shares to keep."""
-
-    prefix: ClassVar[str] = "budget."
-    speedup: tuple[float, ...] = setting(
-        (), "how many times faster than the dense model one request is to be, by the table of this device",
-        step="search", flag="speedup", above=1,
-    )  # fmt: skip
-    latency_ms: tuple[float, ...] = setting(
-        (), "milliseconds of one request on this device: its prompt and what is generated",
-        step="search", flag="latency-ms", above=0,
-    )  # fmt: skip
-    tokens_per_second: tuple[float, ...] = setting(
-        (), "tokens that this device is to decode in a second, all sequences of the batch together",
-        step="search", flag="tokens-per-second", above=0,
-    )  # fmt: skip
-    memory_mb: tuple[float, ...] = setting(
-        (), "megabytes (10^6 bytes) of weights and KV cache at --context",
-        step="search", flag="memory-mb", above=0,
-    )  # fmt: skip
-    runtime: Literal["torch", "torch.compile", "llama.cpp"] = setting(
-        "torch", "the program that times are measured in; torch.compile: every token after the prompt compiled",
-        step="search", flag="runtime",
-    )  # fmt: skip
-    quant: Literal["f32", "f16", "q8_0", "q4_0"] = setting(
-        "f16", "type of the matrices that llama.cpp is timed with", step="search", flag="quant"
-    )
-    prompt: int = setting(512, "tokens in the prompt of a request", step="search", flag="prompt", low=1)
-    batch: int = setting(2, "sequences in a request", step="search", flag="batch", low=1)
-    generate: int = setting(
-        64, "tokens that a request generates; 0: the prompt alone", step="search", flag="generate", low=0
-    )
-    context: int | None = setting(
-        None, "tokens in the KV cache, for --memory-mb; `none` for prompt and generated tokens of the request",
-        step="search", flag="context", low=1,
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for kind in LIMITS:
-            values = getattr(self, kind)
-            if len(set(values)) != len(values):
-                raise UserError(f"each target counts once, given budget.{kind} {_text(values)}")
-        kinds = [kind for kind in LIMITS if getattr(self, kind)]
-        if len(kinds) > 1:
-            raise UserError(f"a run has one kind of target, given {' and '.join(kinds)}; start a run for each")
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        """The targets that were given, the mildest first."""
-        for kind in LIMITS:
-            values = sorted(getattr(self, kind), reverse=kind in ("latency_ms", "memory_mb"))
-            if values:
-                return tuple(Target(kind, value) for value in values)
-        return ()
-
-
-@dataclass(frozen=True)
 class RivalConfig(Section):
     """What other people's methods may spend; they use the calibration text of ours."""
 
@@ -318,6 +261,12 @@ class CompressConfig(Section):
     rival: RivalConfig = field(default_factory=RivalConfig)
 
     def __post_init__(self) -> None:
+        for name, section in _sections().items():
+            if isinstance(given := getattr(self, name), Mapping):
+                _checked({f"{name}.{key}": value for key, value in given.items()})
+                object.__setattr__(self, name, section(**given))
+            elif not isinstance(given, section):
+                raise UserError(f"{name} is a group of settings: a {section.__name__} or a mapping; given {given!r}")
         super().__post_init__()
         if self.search.space == "trained" and not self.train.data:
             raise UserError(
@@ -327,8 +276,11 @@ class CompressConfig(Section):
             self._check_budget()
             object.__setattr__(self, "keep", ())
             return
-        if len(set(self.keep)) != len(self.keep):
-            raise UserError(f"each keep ratio counts once, given {_text(self.keep)}; leave the repeated one out")
+        if not unlike(self.targets):
+            raise UserError(
+                f"each keep ratio counts once, given {typed(self.keep)}; networks are named by six digits, so leave "
+                "one of the same name out"
+            )
         if not self.keep:
             raise UserError("keep is empty; give at least one ratio in (0, 1], as in --keep 0.8")
         object.__setattr__(self, "keep", tuple(sorted(self.keep, reverse=True)))
@@ -337,7 +289,7 @@ class CompressConfig(Section):
         kind = self.budget.targets[0].kind
         if self.keep and self.keep != KEEP:  # the default gives way
             raise UserError(
-                f"a run has one kind of target, given keep {_text(self.keep)} and budget.{kind}; start a run for each"
+                f"a run has one kind of target, given keep {typed(self.keep)} and budget.{kind}; start a run for each"
             )
         if self.search.constraint:
             raise UserError(
@@ -372,6 +324,13 @@ class CompressConfig(Section):
             own = {key.partition(".")[2]: v for key, v in flat.items() if key.startswith(f"{name}.")}
             values[name] = section(**own)
         return cls(**{key: v for key, v in flat.items() if "." not in key}, **values)
+
+
+def configured(config: object) -> CompressConfig:
+    """The configuration itself; raises UserError for anything else, the name of a model say."""
+    if not isinstance(config, CompressConfig):
+        raise UserError(f"a verb takes a CompressConfig, as in CompressConfig(model='demo'); given {config!r}")
+    return config
 
 
 @cache
@@ -493,7 +452,3 @@ def _nearest(key: str, known: Mapping[str, Any]) -> str:
 
 def _last_names(known: Mapping[str, Any]) -> list[str]:
     return [name.rpartition(".")[2] for name in known]
-
-
-def _text(values: tuple[float, ...]) -> str:
-    return " ".join(f"{v:g}" for v in values)

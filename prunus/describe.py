@@ -25,7 +25,7 @@ from prunus.recording.report import ReportData, save_draws
 from prunus.searching.options import MEASURED, TITLES
 from prunus.steps import Prepared, Session
 from prunus.subnetwork import SubNetwork
-from prunus.texts.calibration import refuse_seen
+from prunus.texts.calibration import column_in, refuse_seen
 from prunus.timing import runtimes
 
 PROMPT = "The history of the city begins"
@@ -123,20 +123,25 @@ def check_text(s: Session) -> None:
     """Refuse a text to score on that cannot be read, is too short, or has windows longer than the model's positions."""
     c = s.config
     if c.test_text:
-        chunked(s.model, text_ids(c.test_text, s.tokenizer), c.test_length, c.test_chunks)
+        chunked(s.model, _text_ids(s, c.test_text), c.test_length, c.test_chunks)
+
+
+def _text_ids(s: Session, text: str) -> Tensor:
+    """The tokens of a text to score on, from the calibration text's column where the file has it."""
+    return text_ids(text, s.tokenizer, column=column_in(text, s.config.calibration.column))
 
 
 def check_unseen(s: Session, ids: Tensor) -> None:
     """Refuse a text to score on that the calibration windows (n, length) were taken from."""
     if text := s.config.test_text:
-        refuse_seen(ids, text_ids(text, s.tokenizer), str(text))
+        refuse_seen(ids, _text_ids(s, text), text)
 
 
 def judged(s: Session, model: nn.Module) -> dict[str, Any]:
     """What a model writes, and its perplexity where the run has a text."""
     found: dict[str, Any] = {"sample": _sample(s, model)}
     if s.config.test_text:
-        ids = text_ids(s.config.test_text, s.tokenizer)
+        ids = _text_ids(s, s.config.test_text)
         result = perplexity(model, ids, length=s.config.test_length, chunks=s.config.test_chunks)
         found["perplexity"] = {_protocol(s): result.ppl}
         s.run.count_tokens(result.n_tokens)

@@ -9,6 +9,7 @@ import click
 
 from prunus.config import settings
 from prunus.errors import UserError
+from prunus.recording.artefact import refuse_unwritable
 from prunus.setting import Setting
 from prunus.targets import LIMITS
 
@@ -25,6 +26,12 @@ class Verb(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, spread(args))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        file = ctx.params.get("json")
+        if file and file != "-":  # the result of hours must have a place
+            refuse_unwritable(file)
+        return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}

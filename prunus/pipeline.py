@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from prunus import choosing, describe, finishing, fronts, launched, steps
 from prunus.baselines import rivals
-from prunus.config import CompressConfig, flatten
+from prunus.config import CompressConfig, configured, flatten
 from prunus.errors import UserError
 from prunus.models import loading
 from prunus.models.memory import Work
@@ -33,10 +33,10 @@ def compress(config: CompressConfig, out: str | Path, progress: Progress = silen
     The same call again resumes. Returns the report's data, with the path of the report under "report".
     Raises UserError for everything that the user can mend, before long work wherever it can be known.
     """
+    config = configured(config)
     _refuse_several(bool(config.train.data))
     if not (Path(out) / "manifest.json").is_file():
-        config.train.refuse_idle()
-        _refuse_idle(config)
+        refuse_idle(config)
     if not launched.is_main():
         return _join(Path(out))
     with meeting.leading():
@@ -57,7 +57,7 @@ def step(
         raise UserError("this run has no training data; name them with --train FILE")
     config.train.refuse_idle(asked=overrides)
     if "score.method" in overrides:
-        _refuse_idle(config)
+        _refuse_unordered(config)
     if not launched.is_main():
         return _join(Path(out))
     if name not in ("extract", "report"):
@@ -90,7 +90,13 @@ def _refuse_several(training: bool) -> None:
         )
 
 
-def _refuse_idle(config: CompressConfig) -> None:
+def refuse_idle(config: CompressConfig) -> None:
+    """Raise UserError for settings of a new run that would change nothing."""
+    config.train.refuse_idle()
+    _refuse_unordered(config)
+
+
+def _refuse_unordered(config: CompressConfig) -> None:
     if config.score.method != "obs" and config.reform.order == "greedy" and config.method == rivals.OURS:
         raise UserError(
             f"--score {config.score.method} would order nothing: units are ordered by greedy removal, which needs no "

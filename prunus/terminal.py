@@ -66,8 +66,11 @@ class Terminal:
             logger.removeHandler(handler)
             logger.setLevel(before)
 
-    def result(self, result: Mapping[str, Any], json_file: str | None) -> None:
-        """Show a result as tables and lines, and write it whole to a JSON file (`-`: stdout, and nothing else)."""
+    def result(self, result: Mapping[str, Any], json_file: str | None, shown: Mapping[str, Any] | None = None) -> None:
+        """Show a result as tables and lines, and write it whole to a JSON file (`-`: stdout, and nothing else).
+
+        shown: what is shown in its place.
+        """
         if not self.is_main:
             return
         text = json.dumps(_finite(result), indent=1) + "\n"
@@ -77,7 +80,7 @@ class Terminal:
         if json_file:
             write_text(Path(json_file), text)
         if not self.quiet:
-            for part in rendered(result):
+            for part in rendered(result if shown is None else shown):
                 self.out.print(part, soft_wrap=isinstance(part, Text))
 
 
@@ -298,6 +301,20 @@ def methods(found: Sequence[Mapping[str, Any]]) -> Iterator[Table | Text]:
                 table.add_row(one["name"], Text.assemble(one["what it does"], (f"\n{below}" if below else "", "dim")))
         yield Text(head if structured else f"\n{head}", style="underline")
         yield table
+
+
+def of_bench(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a bench as a terminal has room for them."""
+    values = [key for key in rows[0] if key.startswith("ppl")]
+    return [
+        {
+            "method": row["method"], "calibration": row.get("calibration", ""),
+            "kept": row.get("kept_blocks", row["kept"]),
+            **{key: row.get(key) for key in values}, "seconds": row.get("seconds"),
+            "note": row.get("refused", ""),
+        }
+        for row in rows
+    ]  # fmt: skip
 
 
 def rows(found: Sequence[Mapping[str, Any]]) -> Table:

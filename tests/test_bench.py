@@ -1,4 +1,4 @@
-"""The bench on a really trained tiny model: rows, resuming, refusals; and one rival as a run of its own."""
+"""The bench on a really trained tiny model: rows, resuming, and the door."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ import torch
 from click.testing import CliRunner
 from hurry import painted
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 from prunus import cli, tasks
-from prunus.baselines import bench, benchpages, magnitude, rivals
-from prunus.baselines.bench import Plan, chosen, read_lengths, run, slug
-from prunus.baselines.table import OURS, TABLE
+from prunus.baselines import bench, benchpages, magnitude
+from prunus.baselines.bench import Plan, read_lengths, run, slug
+from prunus.baselines.table import OURS, TABLE, chosen, listed
 from prunus.config import CompressConfig, resolve
 from prunus.errors import UserError
-from prunus.pipeline import compress
 from prunus.recording import tables
 from prunus.terminal import rendered
 from prunus.texts import calibration
@@ -245,20 +243,20 @@ def test_what_a_bench_cannot_be_asked(texts: tuple[str, str], tmp_path: Path) ->
 
 
 @needs_model
-def test_a_refusal_that_may_pass_is_asked_again(
+def test_a_full_disk_stops_the_bench_and_the_same_command_asks_again(
     texts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> Any:
+    asked: list[float] = []
+
+    def full(config: CompressConfig, *_: Any) -> Any:
+        asked.extend(config.keep)
         raise UserError("the disk is full")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(bench.pipeline, "compress", full)
-        found = run(config(texts[0]), plan(texts, OURS, keeps=(0.8,)), tmp_path / "out")
-    assert found["rows"][1]["refused"] == "the disk is full"
-    asked: list[float] = []
-    monkeypatch.setattr(bench.pipeline, "compress", lambda c, *_: (asked.extend(c.keep), full())[1])
-    run(config(texts[0]), plan(texts, OURS, keeps=(0.8,)), tmp_path / "out")
-    assert asked == [0.8]
+    monkeypatch.setattr(bench.pipeline, "compress", full)
+    for _ in range(2):
+        with pytest.raises(UserError, match="the disk is full"):
+            run(config(texts[0]), plan(texts, OURS, keeps=(0.8,)), tmp_path / "out")
+    assert asked == [0.8, 0.8]
 
 
 @needs_model
@@ -381,48 +379,6 @@ def test_unknown_tasks_are_refused(tmp_path: Path) -> None:
         tasks.task_scores(torch.nn.Identity(), None, ["no_such"], path=str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------------ one rival alone
-
-
-@needs_model
-@pytest.mark.parametrize("method", ["flap", "slicegpt"])
-def test_a_rival_as_a_run(method: str, texts: tuple[str, str], tmp_path: Path) -> None:
-    asked = config(texts[0], method=method, keep=(0.8, 0.6), test_text=texts[1], test_length=64)
-    data = compress(asked, tmp_path / "run")
-    assert [n["name"] for n in data["chosen"]] == ["keep-0.8", "keep-0.6"]
-    for network in data["chosen"]:
-        path = tmp_path / "run" / network["path"]
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-        assert sum(p.numel() for p in model.parameters()) == network["parameters"]
-        assert json.loads((path / "prunus.json").read_text())["method"] == method
-        assert method in (path / "README.md").read_text()
-        assert network["kl_nats"] > 0
-    assert data["chosen"][0]["kl_nats"] < data["chosen"][1]["kl_nats"]
-    page = (tmp_path / "run" / "report.md").read_text()
-    assert f"Method: **{method}**" in page
-    assert TABLE[method].paper in page
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "models").rglob("*.safetensors")}
-    assert compress(asked, tmp_path / "run")["chosen"] == data["chosen"]
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "models").rglob("*.safetensors")}
-
-
-def test_what_a_rival_cannot_be_asked() -> None:
-    for changes, words in (
-        ({"keep_of": "all"}, "shares of the decoder blocks"),
-        ({"budget__speedup": (1.5,)}, "shares of the decoder blocks"),
-        ({"uniform": True}, "--uniform is for our own search"),
-        ({"train__data": "rows.jsonl"}, "flap is not trained"),
-        ({"method": "flip"}, "did you mean 'flap'"),
-    ):
-        with pytest.raises(UserError, match=words):
-            rivals.check(config("generated", **{"method": "flap", **changes}))
-    with pytest.raises(UserError, match="has no error curves"):
-        rivals.refuse_step(config("generated", method="flap"), "pick")
-    rivals.refuse_step(config("generated"), "pick")
-    with pytest.raises(UserError, match="cannot serve olmo2"):
-        rivals.refuse(TABLE["slicegpt"], "olmo2", (0.8,))
-
-
 # ------------------------------------------------------------------------------------------------------------ the door
 
 
@@ -436,7 +392,7 @@ def test_the_list_needs_no_model() -> None:
     for name in (OURS, *TABLE):
         assert f"\n{name} " in done.output
     for width in (80, 120):
-        page = shown(bench.listed(), width)
+        page = shown(listed(), width)
         assert max(map(len, page)) <= width
         assert sum(len(line.split()) == 1 for line in page) <= 6  # hardly a line for a single word
         papers = {word.strip(",") for one in TABLE.values() for word in one.paper.split() if ":" in word}
@@ -478,3 +434,23 @@ def test_words_after_a_flag_reach_the_bench(
     assert refused.exit_code == 2
     assert "did you mean 'flap'" in refused.output
     assert prunus_("bench", "demo", "--text", texts[1]).exit_code == 2
+    done = prunus_("bench", "demo", "--text", texts[1], "--out", "o", "--json", "-")
+    assert json.loads(done.stdout)["report"] == "bench.md"  # and nothing else
+
+
+def test_settings_serve_where_a_bench_has_no_flag(
+    texts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+    row = {"method": "dense", "kept": 1.0, "ppl64": 4.0}
+    monkeypatch.setattr(bench, "run", lambda _, plan, *__: plans.append(plan) or {"rows": [row], "report": "bench.md"})
+    (tmp_path / "c.yaml").write_text(f"model: demo\nkeep: [0.7, 0.6]\ntest_text: {texts[1]}\nmethod: flap\n")
+    flags = ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "o")]
+    for more in (["--set", "test_length=64"], ["--text", texts[0], "--methods", "shortgpt", "--keep", "0.5"]):
+        done = prunus_("bench", *flags, "--calibration", "generated", *more)
+        assert done.exit_code == 0, done.output
+    first, second = plans
+    assert (first.methods, first.keeps, first.texts, first.lengths) == (("flap",), (0.7, 0.6), (texts[1],), ((64, 5),))
+    assert (second.methods, second.keeps, second.texts) == (("shortgpt",), (0.5,), (texts[0],))
+    missing = prunus_("bench", "demo", "--out", str(tmp_path / "o"))
+    assert missing.exit_code == 2 and "at least one text; give --text" in missing.stderr

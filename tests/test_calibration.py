@@ -137,6 +137,15 @@ def test_jsonl_takes_the_column_and_shuffles_documents(tmp_path: Path, tokenizer
         tokens(path, tokenizer)
 
 
+def test_a_test_text_has_the_column_where_it_can(tmp_path: Path) -> None:
+    rows = {"a.jsonl": '\n{"story": "x"}\n', "b.jsonl": '{"text": "x"}', "c.txt": "x", "d.jsonl": "no row"}
+    for name, text in rows.items():
+        (tmp_path / name).write_text(text)
+    found = {name: calibration.column_in(tmp_path / name, "story") for name in rows}
+    assert found == {"a.jsonl": "story", "b.jsonl": None, "c.txt": None, "d.jsonl": None}
+    assert calibration.column_in(tmp_path / "a.jsonl", None) is None
+
+
 def test_wikitext_is_joined_by_rows_and_other_text_left_alone(tmp_path: Path) -> None:
     wiki = " \n = A title = \n \n It was well @-@ known . \n"
     path = tmp_path / "wiki.raw"
@@ -195,8 +204,9 @@ def test_missing_sources_are_refused(tmp_path: Path, tokenizer: Any) -> None:
 @pytest.mark.parametrize("name", ["wiki.test.raw", "test.txt", "my_tests.txt", "Testset-2.txt"])
 def test_test_text_is_refused(counted: Path, tokenizer: Any, name: str) -> None:
     path = counted.rename(counted.with_name(name))
-    with pytest.raises(UserError, match="named as test text"):
+    with pytest.raises(UserError, match="named as test text") as refusal:
         tokens(path, tokenizer)
+    assert "another name" in str(refusal.value) and "allow_test" not in str(refusal.value)  # no flag has this name
     assert tokens(path, tokenizer, allow_test=True).shape == (12, 40)
 
 

@@ -152,6 +152,8 @@ def test_the_model_may_come_from_the_file(calls: list[Any], tmp_path: Path) -> N
     assert prunus_("compress", "--out", "r", "--config", tmp_path / "c.yaml").exit_code == 0
     assert calls[0][0].model == "from/file"
     assert prunus_("compress", "--out", "r").exit_code == 2
+    assert prunus_("compress", "--out", "r", "--set", "model=from/set").exit_code == 0
+    assert calls[1][0].model == "from/set"
 
 
 def test_switches_can_be_turned_off_over_the_file(calls: list[Any], tmp_path: Path) -> None:
@@ -196,6 +198,20 @@ def test_quiet_and_json_on_stdout(calls: list[Any], tmp_path: Path) -> None:
     done = prunus_("compress", "demo", "--out", "r", "--json", "-")
     assert json.loads(done.stdout)["chosen"][0]["name"] == "keep-0.8"
     assert isinstance(calls[1][2], LineProgress)  # no bars where there is no terminal
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("", "a directory stands where a file is needed"), ("file/r.json", "a file stands where a directory is needed")],
+)
+def test_a_place_that_cannot_take_the_result_is_refused_before_the_work(
+    place: str, words: str, calls: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    for verb in (["compress", "demo", "--out", "r"], ["score", "r"], ["version"]):
+        done = prunus_(*verb, "--json", tmp_path / place)
+        assert done.exit_code == 2 and words in done.stderr and done.stdout == ""
+    assert not calls
 
 
 def test_progress_outside_a_terminal_is_a_line_for_each_piece(capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,6 +260,8 @@ def test_a_table_of_networks_cuts_nothing_off_in_any_width(width: int) -> None:
         (["evaluate", "demo"], "give --text FILE"),
         (["latency", "demo", "--runtime", "vllm"], "budget.runtime is one of torch, torch.compile, llama.cpp"),
         (["compress", "demo", "--out", "r", "--speedup", "2", "--keep", "0.7"], "a run has one kind of target"),
+        (["evaluate", "demo", "--tasks", "x", "--against", "y"], "--against compares on a text, and none was given"),
+        (["evaluate", "demo", "--tasks", "x", "--speed"], "--speed compares on a text, and none was given"),
         (["evaluate", "demo", "--text", "absent.txt"], "no text file 'absent.txt'"),
         (["search", "absent", "--generations", "-1"], "search.generations lies in [0, inf)"),
     ],

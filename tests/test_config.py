@@ -14,6 +14,7 @@ from prunus.config import (
     STEPS,
     CompressConfig,
     SearchConfig,
+    configured,
     difference,
     flatten,
     nest,
@@ -75,6 +76,8 @@ def test_keep_takes_every_spelling(given: Any, kept: tuple[float, ...]) -> None:
         ({"keep": "nan"}, r"keep lies in \(0, 1\]"),
         ({"keep": "half"}, r"keep is a number; given 'half'"),
         ({"keep": []}, r"keep is empty"),
+        ({"keep": [0.5, 0.5000001]}, r"given 0.5 0.5000001; networks are named by six digits"),
+        ({"budget__memory_mb": [180, 180.00001]}, r"given budget.memory_mb 180.0 180.00001; networks are named"),
         ({"keep": [0.5, 0.5]}, r"each keep ratio counts once, given 0.5 0.5"),
         ({"keep_of": "block"}, r"keep_of is one of blocks, all; given 'block' \(did you mean 'blocks'\?\)"),
         ({"score__method": "wandas"}, r"did you mean 'wanda'"),
@@ -137,6 +140,21 @@ def test_python_is_checked_like_yaml() -> None:
     assert CompressConfig("demo", keep=[0.5]).keep == (0.5,)  # type: ignore[arg-type]
     with pytest.raises(FrozenInstanceError):
         make().seed = 3  # type: ignore[misc]
+
+
+def test_groups_of_settings_may_be_mappings() -> None:
+    made = CompressConfig(model="m", calibration={"samples": 8}, budget={"speedup": 2}, search={})  # type: ignore[arg-type]
+    assert made == make(model="m", calibration__samples=8, budget__speedup=2)
+    with pytest.raises(UserError, match=r"unknown setting 'search.generation'; did you mean 'search.generations'"):
+        CompressConfig(model="m", search={"generation": 8})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="search is a group of settings: a SearchConfig or a mapping; given 'shen'"):
+        CompressConfig(model="m", search="shen")  # type: ignore[arg-type]
+
+
+def test_a_name_is_no_configuration() -> None:
+    with pytest.raises(UserError, match=r"takes a CompressConfig, as in .*; given 'demo'"):
+        configured("demo")
+    assert configured(config := make()) is config
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers() -> None:

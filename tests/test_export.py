@@ -346,6 +346,28 @@ def test_bad_arguments(tmp_path: Path) -> None:
     assert export(where, out=taken, overwrite=True, quant="f32")["file_bytes"] == taken.stat().st_size > 8
 
 
+@pytest.mark.parametrize("name", ["nowhere.gguf", "mine.txt"])
+def test_a_tokenizer_that_is_not_there_is_noticed_before_the_model_is_read(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(UserError, match="--tokenizer takes"):
+        export("org/Model-1.2B", tokenizer=str(tmp_path / name), out=tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("model", "form", "name"),
+    [
+        ("meta-llama/Llama-3.2-1B", "gguf", "Llama-3.2-1B-f16.gguf"),
+        ("meta-llama/Llama-3.2-1B", "vllm", "Llama-3.2-1B-vllm"),
+        ("files/tiny.q8.gguf", "gguf", "tiny.q8-f16.gguf"),
+    ],
+)
+def test_a_file_is_named_after_the_whole_name_of_its_model(model: str, form: str, name: str) -> None:
+    assert module._target(model, form, None, None, False) == Path.cwd() / name
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     where = checkpoint(tiny("llama"), tmp_path)
     weights = Path(where) / "model.safetensors"

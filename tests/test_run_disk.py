@@ -66,6 +66,19 @@ def test_a_bug_is_not_dressed_up_as_a_full_disk(tmp_path: Path) -> None:
         run.do("score", "scores", lambda: 1, save, lambda path: 1)
 
 
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EISDIR, "a directory stands where a file is needed"),
+        (errno.ENOTEMPTY, "a directory with other files stands there"),
+        (errno.ENOENT, "there is no such file or folder"),
+    ],
+)
+def test_what_stands_in_the_way_is_one_sentence(number: int, words: str) -> None:
+    with pytest.raises(UserError, match=f"cannot write 'x': {words}"), artefact.writing("x"):
+        raise OSError(number, os.strerror(number))
+
+
 def test_space_is_asked_for_before_the_work(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run", config(), SOURCE) as run:
         run.require_space(1, "a few bytes")

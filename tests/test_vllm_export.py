@@ -172,6 +172,15 @@ def test_every_network_of_the_space_can_be_written() -> None:
         assert len(raw["block_configs"]) == len(sub.alive)
 
 
+@pytest.mark.parametrize("layers", [LAYERS, (WHOLE,) * 4])
+def test_every_file_may_be_read_by_whoever_reads_its_configuration(
+    layers: tuple[LayerShape, ...], tmp_path: Path
+) -> None:
+    target, _, _ = written(cut(tiny("llama"), SubNetwork(48, layers)), tmp_path)
+    modes = {path.name: oct(path.stat().st_mode) for path in target.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_the_command(tmp_path: Path) -> None:
     where = checkpoint(cut(tiny("llama"), SubNetwork(48, LAYERS)), tmp_path)
     done = CliRunner().invoke(cli.app, ["export", where, "--format", "vllm"], prog_name="prunus")

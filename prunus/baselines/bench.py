@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunus import describe, pipeline
+from prunus import describe, pipeline, steps
 from prunus.baselines import benchpages, rivals
 from prunus.baselines.subject import Outcome, Spent, Subject
-from prunus.baselines.table import OURS, TABLE, find, names
-from prunus.config import CompressConfig, flatten, settings
+from prunus.baselines.table import OURS, find, names
+from prunus.config import CompressConfig, configured, flatten, settings
 from prunus.errors import UserError
 from prunus.evaluation import fingerprint, parameters, perplexity, shapes, text_ids
 from prunus.machine import Meter, environment, reset_peak, words
@@ -35,8 +35,9 @@ from prunus.progress import Progress, silent
 from prunus.recording.artefact import load_json
 from prunus.recording.run import Run, read_manifest
 from prunus.setting import ANYWHERE
+from prunus.steps import Session
 from prunus.subnetwork import SubNetwork
-from prunus.tasks import difference, task_scores
+from prunus.tasks import asked_for, difference, manager_of, task_scores
 from prunus.texts import calibration
 
 STEPS = ("rows",)
@@ -45,7 +46,8 @@ UNREAD = ("keep", "method", "test_text", "test_length", "test_chunks", "front") 
 TYPED = (*UNREAD, "model", "seed", "dtype", *(f"calibration.{key}" for key in ("source", "samples", "length")))
 MEASURED = ("perplexity", "ppl", "finite", "task", "shapes", "prefill", "decode", "speed", "timed")  # keys of a row
 SPEED = ("prefill_speedup", "decode_speedup", "speed")
-TOKENS = "token_hash/"  # notes of the record: the hash of each calibration's tokens
+TOKENS = "token_hash/"  # notes of the record: the hash of each calibration's tokens,
+SOURCES, TEXTS = "source/", "text/"  # and of the files that they, and the test texts, were read from
 METHOD_STEPS = ("calibrate", "score", "reform", "search", "extract")  # of a run of ours: what its network took
 
 
@@ -67,8 +69,12 @@ class Plan:
         for name in self.methods:
             if name != OURS:
                 find(name)
-        if not self.methods or not self.keeps or not self.texts or not self.calibrations or not self.lengths:
-            raise UserError("a bench needs at least one method, share, calibration, text and window length")
+        parts = {"methods": "method", "keep": "share", "calibration": "calibration", "text": "text",
+                 "lengths": "window length"}  # fmt: skip
+        asked = (self.methods, self.keeps, self.calibrations, self.texts, self.lengths)
+        for (flag, what), given in zip(parts.items(), asked, strict=True):
+            if not given:
+                raise UserError(f"a bench needs at least one {what}; give --{flag}")
         for text in self.texts:
             if not Path(text).is_file():
                 raise UserError(f"no text file {text!r}; give --text FILE")
@@ -76,12 +82,6 @@ class Plan:
         for files in (self.texts, self.calibrations):
             if twins := {name for name in map(_short, files) if [*map(_short, files)].count(name) > 1}:
                 raise UserError(f"rows name files without their directories: give {', '.join(twins)} another name")
-
-
-def chosen(asked: Sequence[str]) -> tuple[str, ...]:
-    """Methods by name; `all` stands for every one, `structured` for those whose networks are smaller."""
-    groups = {"all": names(), "structured": (OURS, *(n for n, one in TABLE.items() if one.structured))}
-    return tuple(dict.fromkeys(name for word in asked for name in groups.get(word, (word,))))
 
 
 def read_lengths(asked: Sequence[str]) -> tuple[tuple[int, int], ...]:
@@ -95,34 +95,22 @@ def read_lengths(asked: Sequence[str]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows as a terminal has room for them."""
-    values = [key for key in rows[0] if key.startswith("ppl")]
-    return [
-        {
-            "method": row["method"], "calibration": row.get("calibration", ""),
-            "kept": row.get("kept_blocks", row["kept"]),
-            **{key: row.get(key) for key in values}, "seconds": row.get("seconds"),
-            "note": row.get("refused", ""),
-        }
-        for row in rows
-    ]  # fmt: skip
-
-
 def run(config: CompressConfig, plan: Plan, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
     """All rows of a bench, those that are there already not computed again; returns what bench.json holds.
 
     config: the model, seed, dtype, calibration windows and settings of all methods; its `keep`, `method` and
     `calibration.source` are not read. Raises UserError for what cannot be asked, before long work where it is known.
     """
+    rivals.refuse_unfair(configured(config), plan.methods)
     out, c = Path(out), config.calibration
     known = {"auto": calibration.auto_source()} if "auto" in plan.calibrations else {}
     plan = replace(plan, calibrations=tuple(dict.fromkeys(known.get(name, name) for name in plan.calibrations)))
-    if not (out / "manifest.json").exists():  # rows that are there need no text any more
+    work = NOTHING  # of a bench that is there: it has fitted before, and rows that are done take nothing
+    if not (out / "manifest.json").exists():  # rows that are there need no text and no task any more
+        if plan.tasks:
+            manager_of(asked_for(plan.tasks), plan.task_path)
         for source in plan.calibrations:
             calibration.check(source, c.samples + c.holdout, column=c.column)
-    work = NOTHING  # of a bench that is there: it has fitted before, and rows that are done take nothing
-    if not (out / "manifest.json").exists():
         work = Work.of(replace(config, method=OURS if OURS in plan.methods else plan.methods[0], keep=plan.keeps))
         work = replace(work, beside=int(work.ours))  # our run loads a model of its own
     loaded = loading.load_configured(config, work=work)
@@ -224,31 +212,16 @@ def recorded(config: CompressConfig, plan: Plan) -> dict[str, Any]:
 def command(config: CompressConfig, plan: Plan, out: Path, **only: Any) -> str:
     """The command line of a bench, or of one of its rows; directories are left out of names."""
     plan = replace(plan, **only)
-    typed = [
-        "prunus",
-        "bench",
-        _short(config.model),
-        "--methods",
-        *plan.methods,
-        "--keep",
-        *(f"{k:g}" for k in plan.keeps),
-    ]
+    keeps = [f"{k:g}" for k in plan.keeps]
+    typed = ["prunus", "bench", _short(config.model), "--methods", *plan.methods, "--keep", *keeps]
     for source in plan.calibrations:
         typed += ["--calibration", _short(source)]
     for text in plan.texts:
         typed += ["--text", _short(text)]
     typed += ["--lengths", *(f"{length}:{n}" for length, n in plan.lengths)]
     c = config.calibration
-    typed += [
-        "--samples",
-        str(c.samples),
-        "--length",
-        str(c.length),
-        "--seed",
-        str(config.seed),
-        "--dtype",
-        config.dtype,
-    ]
+    typed += ["--samples", str(c.samples), "--length", str(c.length)]
+    typed += ["--seed", str(config.seed), "--dtype", config.dtype]
     typed += ["--tasks", *plan.tasks] if plan.tasks else []
     typed += ["--tasks-path", _short(plan.task_path)] if plan.task_path else []
     typed += ["--limit", str(plan.task_limit)] if plan.task_limit is not None else []
@@ -281,16 +254,59 @@ class _Bench:
     def __post_init__(self) -> None:
         self.model: nn.Module = self.loaded.model
         self.device = next(self.model.parameters()).device
-        self.texts = {text: text_ids(text, self.loaded.tokenizer) for text in self.plan.texts}
+        column, tokenizer = self.config.calibration.column, self.loaded.tokenizer
+        self.sources = [_Source(self, source) for source in self.plan.calibrations]
+        for text in self.plan.texts:
+            self.agree(TEXTS + _short(text), calibration.hashes(text))
+        self.texts = {t: text_ids(t, tokenizer, column=calibration.column_in(t, column)) for t in self.plan.texts}
+        self.unreachable = self.out_of_reach()
+
+    def agree(self, key: str, found: Any, note: bool = True) -> None:
+        """Note what rows are made from; raises UserError where those that are there were made from something else."""
+        known = self.record.notes.get(key)
+        if found and known and found != known and self.record.manifest["artefacts"]:
+            raise UserError(
+                f"the rows in {str(self.out)!r} were made with another text of the name {key.partition('/')[2]!r}; "
+                "give that one (`generated` text: on the machine that drew it), or choose another --out"
+            )
+        if found and note:
+            self.record.note(key, found)
+
+    def out_of_reach(self) -> dict[float, str]:
+        """The shares that our search cannot reach, and why; raises UserError for settings that no run of ours takes.
+
+        Nothing where all rows of ours are there already.
+        """
+        keeps = [k for k in self.plan.keeps if not all(self.record.done(one.file(OURS, k)) for one in self.sources)]
+        if OURS not in self.plan.methods or not keeps:
+            return {}
+        config = self.ours(keeps, "generated")  # texts have been looked at, or are not needed any more
+        pipeline.refuse_idle(config)
+        s = Session.of(self.record, config, self.loaded, self.progress)
+        space, far = steps.widest_space(s), dict[float, str]()
+        for keep in keeps:
+            try:
+                space.window(s.cost, keep, of=s.cost(s.whole), slack=steps.slack(s))
+            except UserError as error:
+                far[keep] = str(error)
+        if near := tuple(keep for keep in keeps if keep not in far):
+            s.config = self.ours(near, "generated")
+            steps.check_request(s)
+        return far
+
+    def ours(self, keeps: Sequence[float], source: str) -> CompressConfig:
+        """What `compress` is asked for; our networks are scored as all others are, not by it."""
+        text = replace(self.config.calibration, source=source)
+        asked = replace(self.config, keep=tuple(keeps), method=OURS, device=str(self.device))
+        return replace(asked, test_text=None, calibration=text)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The dense model's row, then method after method; refused ones say why."""
         yield self.kept("rows/dense.json", self.dense)
-        for source in self.plan.calibrations:
-            bench = _Source(self, source)
+        for source in self.sources:
             for method in self.plan.methods:
                 for keep in sorted(self.plan.keeps, reverse=True):
-                    yield bench.row(method, keep)
+                    yield source.row(method, keep)
 
     def kept(self, file: str, compute: Any) -> dict[str, Any]:
         found: dict[str, Any] = self.record.do("rows", file, compute)
@@ -307,12 +323,8 @@ class _Bench:
         }  # fmt: skip
 
     def where(self) -> dict[str, Any]:
-        return {
-            "machine": words(),
-            "versions": environment(),
-            "threads": torch.get_num_threads(),
-            "device": str(self.device),
-        }
+        machine, threads = words(), torch.get_num_threads()
+        return {"machine": machine, "versions": environment(), "threads": threads, "device": str(self.device)}
 
     def measured(
         self, model: nn.Module, structured: bool = True, run: Mapping[str, Any] = MappingProxyType({})
@@ -372,7 +384,9 @@ class _Source:
     def __init__(self, bench: _Bench, source: str) -> None:
         self.bench, self.source = bench, source
         self.name = slug(_short(source))
+        self.hashes = calibration.hashes(source)
         self._subject: Subject | None = None
+        bench.agree(SOURCES + self.name, self.hashes, note=False)
 
     @property
     def subject(self) -> Subject:
@@ -392,18 +406,22 @@ class _Source:
         fit, _ = calibration.split(ids, c.holdout)
         for text, seen in b.texts.items():
             calibration.refuse_seen(fit, seen, text)
-        b.record.note(f"{TOKENS}{self.name}", calibration.token_hash(fit))
+        b.agree(TOKENS + self.name, calibration.token_hash(fit))
+        b.agree(SOURCES + self.name, self.hashes)
         return fit.to(b.device)
+
+    def file(self, method: str, keep: float) -> str:
+        """Where a row is, in the bench."""
+        return f"rows/{self.name}/{slug(method)}-{keep:g}.json"
 
     def row(self, method: str, keep: float) -> dict[str, Any]:
         """One row, from its file where that is done."""
         b = self.bench
         own = {"method": method, "calibration": self.name, "kept": keep}
         own["command"] = command(b.config, b.plan, b.out, methods=(method,), keeps=(keep,), calibrations=(self.source,))
-        if method != OURS:
-            refusal = find(method).refusal(str(getattr(b.model.config, "model_type", "")), keep)
-            if refusal:
-                return {**own, "done": False, "refused": refusal}
+        kind = str(getattr(b.model.config, "model_type", ""))
+        if refusal := b.unreachable.get(keep) if method == OURS else find(method).refusal(kind, keep):
+            return {**own, "done": False, "refused": refusal}
 
         def compute() -> dict[str, Any]:
             with b.progress(f"{method}, {100 * keep:g} %, {self.name}"):
@@ -412,12 +430,7 @@ class _Source:
                 found["peak_mb"] = found["peak_bytes"] / 1e6
             return {**own, "token_hash": b.record.notes[f"{TOKENS}{self.name}"], **found, **b.where()}
 
-        try:
-            return b.kept(f"rows/{self.name}/{slug(method)}-{keep:g}.json", compute)
-        except UserError as error:
-            if method != OURS:
-                raise
-            return {**own, "done": False, "refused": str(error)}  # not kept: its reason may pass, a full disk say
+        return b.kept(self.file(method, keep), compute)
 
     def rival(self, method: str, keep: float) -> dict[str, Any]:
         baseline, subject = find(method), self.subject
@@ -425,21 +438,28 @@ class _Source:
             outcome, spent = subject.run(lambda: baseline.run(subject, keep))
         except UserError as error:  # a share that a method cannot reach: the others go on
             return {"done": False, "refused": str(error)}
-        found = _described(outcome, spent, self.bench.loaded)
+        return self.described(outcome, spent, baseline.structured)
+
+    def described(self, outcome: Outcome, spent: Spent, structured: bool = True, **run: Any) -> dict[str, Any]:
+        """A network's row: its sizes, what it took, and what it is worth; one that gives NaN, say, is a result too."""
+        dense, notes = self.bench.loaded, list(outcome.notes)
+        sizes = rivals.sizes(outcome, dense.model, dense.dtype.itemsize)
+        sizes.pop("uniform")
         try:
-            measured = self.bench.measured(outcome.model, baseline.structured)
-        except UserError as error:  # a network that gives NaN, say: that is a result too
+            measured = self.bench.measured(outcome.model, structured, **run)
+        except UserError as error:
             return {"done": False, "refused": f"the network cannot be measured: {error}"}
-        return {"done": True, **found, "structured": baseline.structured, **measured}
+        return {"done": True, **sizes, "notes": notes, **asdict(spent), "structured": structured, **measured}
 
     def ours(self, keep: float) -> dict[str, Any]:
         """From a run of `compress` beside the rows, which makes the networks of all shares together."""
         b, folder = self.bench, self.bench.out / "prunus" / self.name
         beside = self.beside(folder)
         there = read_manifest(folder)["config"]["keep"] if (folder / "manifest.json").is_file() else []
-        keeps = tuple(sorted({*there, *b.plan.keeps}, reverse=True))
-        source = replace(b.config.calibration, source=self.source)
-        config = replace(b.config, keep=keeps, method=OURS, calibration=source, device=str(b.device))
+        if not there:  # else its tokens may be those of an earlier text
+            b.agree(SOURCES + self.name, self.hashes)
+        keeps = sorted({*there, *(k for k in b.plan.keeps if k not in b.unreachable)}, reverse=True)
+        config = b.ours(keeps, self.source)
         data = pipeline.compress(config, folder, b.progress)
         network = next(n for n in data["chosen"] if n["name"] == f"keep-{keep:g}")
         small = loading.load(str(folder / network["path"]), dtype=b.config.dtype, device=str(b.device), compress=False)
@@ -450,12 +470,11 @@ class _Source:
             max(0, max(step["peak_bytes"] for step in steps) - beside[0]),
             max(0, max(step["peak_cuda_bytes"] for step in steps) - beside[1]),
         )
-        b.record.note(f"{TOKENS}{self.name}", read_manifest(folder)["notes"]["token_hash"])
+        b.agree(TOKENS + self.name, read_manifest(folder)["notes"]["token_hash"])
         layers = SubNetwork.from_json(str(verify(folder / network["path"])["subnetwork"]))
         note = f"one run for {len(keeps)} shares: its cost is that of all of them"
-        found = _described(Outcome(small.model, layers, (note,)), spent, b.loaded)
-        written = load_json(folder / "evaluation" / f"keep-{keep:g}.json")
-        return {"done": True, **found, "structured": True, **b.measured(small.model, run=written)}
+        outcome, written = Outcome(small.model, layers, (note,)), load_json(folder / f"evaluation/keep-{keep:g}.json")
+        return self.described(outcome, spent, run=written)
 
     def beside(self, folder: Path) -> list[int]:
         """Bytes (of the process, on a CUDA device) that are not our run's: the bench's model, what others remember.
@@ -471,28 +490,6 @@ class _Source:
         return list(notes[key])
 
 
-def _described(outcome: Outcome, spent: Spent, dense: Loaded) -> dict[str, Any]:
-    sizes = rivals.sizes(outcome, dense.model, dense.dtype.itemsize)
-    kept = {key: sizes[key] for key in ("kept_blocks", "kept_all", "parameters", "n_bytes")}
-    return {**kept, "notes": list(outcome.notes), "hidden": sizes["hidden"], "layers": sizes["layers"], **asdict(spent)}
-
-
 def slug(text: str) -> str:
     """A name for files."""
     return re.sub(r"[^\w.-]+", "-", text).strip("-.") or "x"
-
-
-def listed() -> dict[str, Any]:
-    """What `prunus bench --list` shows."""
-    ours = {
-        "name": OURS, "what it does": "error curves with a knapsack, evolution, closed-form reformation",
-        "paper": "docs/method.md", "serves": "all families", "smaller network": True,
-    }  # fmt: skip
-    rows = [
-        {
-            "name": one.name, "what it does": one.title, "paper": one.paper, "serves": one.serves,
-            "smaller network": one.structured,
-        }
-        for one in TABLE.values()
-    ]  # fmt: skip
-    return {"methods": [ours, *rows]}

@@ -26,16 +26,13 @@ from prunus.recording.report import write_report
 from prunus.recording.run import Run
 from prunus.steps import Session
 from prunus.texts import calibration
+from prunus.texts.sampling import check_length
 
 
 def check(config: CompressConfig) -> Baseline:
     """The method that a configuration names; raises UserError for what rivals cannot be asked."""
     baseline = find(config.method)
-    if (
-        config.budget.targets
-        or config.keep_of != "blocks"
-        or config.search.constraint not in (None, "parameters-blocks")
-    ):
+    if _other_budget(config):
         raise UserError(
             f"{config.method} goes by shares of the decoder blocks' parameters; give --keep, without --keep-of all, "
             "other constraints or budgets (both shares are in the report)"
@@ -49,10 +46,39 @@ def check(config: CompressConfig) -> Baseline:
     return baseline
 
 
+def _other_budget(config: CompressConfig) -> bool:
+    """True if a configuration asks for something else than shares of the decoder blocks' parameters."""
+    blocks = config.search.constraint in (None, "parameters-blocks") and config.keep_of == "blocks"
+    return bool(config.budget.targets) or not blocks
+
+
+def refuse_unfair(config: CompressConfig, methods: Sequence[str]) -> None:
+    """Raise UserError for settings by which a method of a bench would be asked for, or given, what others are not."""
+    others = [method for method in methods if method != OURS]
+    if _other_budget(config):
+        raise UserError(
+            "a bench goes by shares of the decoder blocks' parameters, the same for all methods; give --keep, and "
+            "leave keep_of, search.constraint and budgets out (both shares are in its rows)"
+        )
+    if config.train.data:
+        raise UserError(
+            f"nothing is trained in a bench, ours included, given train.data {config.train.data!r}; leave it out, and "
+            "give checkpoints of prunus compress to prunus recover"
+        )
+    if config.search.storage:
+        raise UserError(
+            "a row tells what its network took alone, and search.storage shares a search with others, given "
+            f"{config.search.storage!r}; leave it out"
+        )
+    if config.front.objectives:
+        raise UserError("a bench has no fronts; leave front.objectives out, or give it to prunus compress")
+    if config.uniform and others:
+        raise UserError(f"uniform is for our own search, and {others[0]} would not keep to it; leave it out")
+
+
 def refuse_calibrated(texts: Sequence[str], sources: Sequence[str]) -> None:
     """Raise UserError for a test text that is calibration text too: the same file, or another one of the same bytes."""
-    parts = (name for source in sources for name, _ in calibration.mixture(source, 10**9))
-    files = [Path(name) for name in parts if Path(name).is_file()]
+    files = [file for source in sources for file in calibration.files_of(source)]
     for text in map(Path, texts):
         for file in files:
             if text.resolve() == file.resolve():
@@ -87,10 +113,16 @@ def compress(config: CompressConfig, out: Path, progress: Progress) -> dict[str,
     baseline = check(config)
     loaded = loading.load_configured(config, work=Work.of(config))
     refuse(baseline, str(loaded.model.config.model_type), config.keep)
-    with Run.open(out, config.to_dict(), asdict(loaded.source)) as run:
+
+    def admit(run: Run) -> None:
+        _check_texts(Session.of(run, config, loaded, progress), anew=True)
+
+    with Run.open(out, config.to_dict(), asdict(loaded.source), admit=admit) as run:
         s = Session.of(run, config, loaded, progress)
         run.require_space(len(config.keep) * costs.n_bytes(s.layout, s.whole, s.width), "the checkpoints")
+        _check_texts(s)
         ids, holdout = steps.calibrate(s)
+        describe.check_unseen(s, ids)
         dense = describe.measure_dense(s)
         subject = subject_of(config, s.model, ids, progress)
         chosen, notes = {}, {}
@@ -102,6 +134,20 @@ def compress(config: CompressConfig, out: Path, progress: Progress) -> dict[str,
         data = describe.report_data(s, None, dense, chosen, command)
         data["rival"] = {"name": baseline.name, "title": baseline.title, "paper": baseline.paper, "notes": notes}
         return {**data, "report": str(write_report(run.directory, data))}
+
+
+def _check_texts(s: Session, anew: bool = False) -> None:
+    """Refuse texts that cannot be calibrated on, or scored on, before anything is drawn: as a run of ours does.
+
+    anew: the configuration is another one than the run's, so that its dense model may be scored again.
+    """
+    c, text = s.config.calibration, s.config.test_text
+    if not s.run.done("tokens.safetensors"):
+        calibration.check(c.source, c.samples + c.holdout, column=c.column)
+        check_length(s.model, c.length)
+    if text and (anew or not s.run.done("evaluation/dense.json")):
+        describe.check_text(s)
+        refuse_calibrated([text], [c.source])
 
 
 def subject_of(config: CompressConfig, model: nn.Module, ids: Tensor, progress: Progress) -> Subject:
@@ -181,4 +227,15 @@ def sizes(outcome: Outcome, dense: nn.Module, width: int) -> dict[str, Any]:
     }
 
 
-__all__ = ["OURS", "check", "compress", "figures", "refuse", "refuse_calibrated", "refuse_step", "sizes", "subject_of"]
+__all__ = [
+    "OURS",
+    "check",
+    "compress",
+    "figures",
+    "refuse",
+    "refuse_calibrated",
+    "refuse_step",
+    "refuse_unfair",
+    "sizes",
+    "subject_of",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
@@ -142,6 +142,28 @@ def names() -> tuple[str, ...]:
     return (OURS, *TABLE)
 
 
+def chosen(asked: Sequence[str]) -> tuple[str, ...]:
+    """Methods by name; `all` stands for every one, `structured` for those whose networks are smaller."""
+    groups = {"all": names(), "structured": (OURS, *(n for n, one in TABLE.items() if one.structured))}
+    return tuple(dict.fromkeys(name for word in asked for name in groups.get(word, (word,))))
+
+
+def listed() -> dict[str, Any]:
+    """What `prunus bench --list` shows."""
+    ours = {
+        "name": OURS, "what it does": "error curves with a knapsack, evolution, closed-form reformation",
+        "paper": "docs/method.md", "serves": "all families", "smaller network": True,
+    }  # fmt: skip
+    rows = [
+        {
+            "name": one.name, "what it does": one.title, "paper": one.paper, "serves": one.serves,
+            "smaller network": one.structured,
+        }
+        for one in TABLE.values()
+    ]  # fmt: skip
+    return {"methods": [ours, *rows]}
+
+
 def find(name: str) -> Baseline:
     """The method of a name; raises UserError with the nearest one that there is."""
     if name not in TABLE:
@@ -151,4 +173,4 @@ def find(name: str) -> Baseline:
     return TABLE[name]
 
 
-__all__ = ["OURS", "TABLE", "Baseline", "find", "names"]
+__all__ = ["OURS", "TABLE", "Baseline", "chosen", "find", "listed", "names"]

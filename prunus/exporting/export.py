@@ -16,7 +16,7 @@ from prunus.exporting.agreement import N_TOKENS, TEXT, agreement, divergence, lo
 from prunus.exporting.architectures import Architecture, Shapes, carrier, shapes_of
 from prunus.exporting.gguf_file import check, context_length, describe, stored, window, write
 from prunus.exporting.gguf_tensors import KMIX, QUANTS, SUPERBLOCK, Planned, n_bytes, plan, round_weights, take_back
-from prunus.exporting.gguf_vocabulary import copy_vocabulary, is_gguf, vocabulary, write_vocabulary
+from prunus.exporting.gguf_vocabulary import check_tokenizer, copy_vocabulary, is_gguf, vocabulary, write_vocabulary
 from prunus.models.checkpoint import MANIFEST, verify
 from prunus.models.loading import Loaded, load
 from prunus.progress import Progress, silent
@@ -62,6 +62,8 @@ def export(
     for name, value in (("quant", quant), ("tokenizer", tokenizer), ("pre-tokenizer", pre_tokenizer)):
         if value and format != "gguf":
             raise UserError(f"--{name} is for --format gguf; leave it out with --format {format}")
+    if tokenizer:
+        check_tokenizer(Path(tokenizer))
     if format == "onnx":
         onnx_graph.check_installed()
         if dtype not in ("auto", "float32"):
@@ -181,7 +183,8 @@ def _target(checkpoint: str, format: str, quant: str | None, out: str | Path | N
     if out is None:
         source = Path(checkpoint).expanduser()
         beside = source.resolve().parent if source.is_dir() else Path.cwd()
-        name = source.resolve().name if source.is_dir() else source.stem
+        gguf_named = source.suffix.lower() == ".gguf"  # "Llama-3.2-1B" has no suffix
+        name = source.resolve().name if source.is_dir() else source.stem if gguf_named else source.name
         out = beside / (f"{name}-{quant or 'f16'}.gguf" if gguf else f"{name}-{format}")
     target = Path(out).expanduser().absolute()
     if gguf and (target.is_dir() or str(out).endswith(("/", os.sep))):

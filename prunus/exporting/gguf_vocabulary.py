@@ -216,6 +216,14 @@ def is_gguf(path: Path) -> bool:
         return stream.read(4) == b"GGUF"
 
 
+def check_tokenizer(path: Path) -> None:
+    """Raise UserError where a file that a tokenizer is to be taken from is not there, or is no GGUF file."""
+    if not path.is_file():
+        raise UserError(f"no file {str(path)!r}; --tokenizer takes a GGUF file")
+    if not is_gguf(path):
+        raise UserError(f"{str(path)!r} is no GGUF file; --tokenizer takes the tokenizer of one")
+
+
 def copy_vocabulary(writer: Any, path: Path, n_tokens: int) -> str:
     """Add the vocabulary of another GGUF file as it stands there, and return its pre-tokenizer's name.
 
@@ -223,8 +231,7 @@ def copy_vocabulary(writer: Any, path: Path, n_tokens: int) -> str:
     """
     import gguf
 
-    if path.is_file() and not is_gguf(path):
-        raise UserError(f"{str(path)!r} is no GGUF file; --tokenizer takes the tokenizer of one")
+    check_tokenizer(path)
     try:
         reader = gguf.GGUFReader(path)
         fields = {name: one for name, one in reader.fields.items() if name.startswith("tokenizer.")}

@@ -21,7 +21,7 @@ from prunus.exporting import decilm
 from prunus.exporting.agreement import N_TOKENS, log_probabilities, text_tokens
 from prunus.exporting.architectures import Shapes, rope_of, shapes_of
 from prunus.exporting.onnx_graph import has_window
-from prunus.models import ragged
+from prunus.models import checkpoint, ragged
 from prunus.models.checkpoint import save_files, tidy_tokenizer
 from prunus.models.loading import Loaded
 from prunus.progress import Progress
@@ -52,6 +52,7 @@ def write(loaded: Loaded, target: Path, progress: Progress) -> dict[str, Any]:
             (partial / f"{ragged.MODULE}.py").unlink(missing_ok=True)
             (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
             shutil.copyfile(str(decilm.__file__), partial / f"{decilm.MODULE}.py")
+        checkpoint.open_to_all(partial)
         with progress("verification"):
             again = _stock_again(partial, model) if stock else rebuilt(partial, model.dtype)
             again.to(model.device).set_attn_implementation("eager")

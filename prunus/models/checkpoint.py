@@ -211,7 +211,7 @@ def save(
             tokenizer.save_pretrained(partial)
         tidy_tokenizer(partial)
         _edit(partial / "config.json", _older_config)
-        _open_to_all(partial)
+        open_to_all(partial)
         (partial / CARD).write_text(card, encoding="utf-8")
 
     unique = {p.data_ptr(): p.numel() * dtype.itemsize for p in model.parameters()}
@@ -323,7 +323,7 @@ def _generation_config(model: Any, wanted: Any) -> Iterator[None]:
         model.generation_config = before
 
 
-def _open_to_all(directory: Path) -> None:
+def open_to_all(directory: Path) -> None:
     """Give every file the permissions of config.json: safetensors leaves its files readable by their owner only."""
     mode = (directory / "config.json").stat().st_mode
     for path in directory.rglob("*"):

@@ -45,9 +45,28 @@ def trouble(error: BaseException) -> str:
         return "no permission; choose a directory that you may write to"
     if number in (errno.ENOTDIR, errno.EEXIST):
         return "a file stands where a directory is needed; choose another path"
+    if number == errno.EISDIR:
+        return "a directory stands where a file is needed; choose another path"
+    if number == errno.ENOTEMPTY:
+        return "a directory with other files stands there; choose another path"
+    if number == errno.ENOENT:
+        return "there is no such file or folder, or it was deleted meanwhile; choose another path"
     if isinstance(error, OSError) and number in (errno.ENAMETOOLONG, errno.EIO, errno.EFBIG):
         return f"{error.strerror}; choose another directory"
     return ""
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Raise UserError, before long work, for a file that `write_text` could not write; folders on its way are made."""
+    target = Path(path).absolute()
+    there = next(folder for folder in target.parents if folder.exists())
+    with writing(path):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def remove(path: Path) -> None:

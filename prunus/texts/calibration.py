@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prunus.errors import UserError
 from prunus.progress import Tally
+from prunus.recording.artefact import fingerprint
 from prunus.texts.sampling import check_length, generated_windows
 
 Join = Literal["auto", "rows", "raw"]
@@ -27,6 +28,7 @@ DATASETS: Mapping[str, tuple[str, str]] = {  # name -> (hub id, configuration); 
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
     "c4": ("allenai/c4", "en"),
 }
+JSONL = (".jsonl", ".ndjson")
 GENERATED = ("generated", "generated:chat")
 ALTERNATIVES = 'give a .txt or .jsonl file, or "generated" (the model\'s own samples, which need no data)'
 SHARED = 0.05  # of a calibration text's runs of tokens, that a test text may hold
@@ -100,6 +102,16 @@ def check(source: str, samples: int, *, column: str | None = None) -> None:
             source_text(name, seed=0, column=column, need=0)
 
 
+def files_of(source: str) -> list[Path]:
+    """The files that a source names; none for data sets and the model's own samples."""
+    return [Path(name) for name, _ in mixture(source, 10**9) if Path(name).is_file()]
+
+
+def hashes(source: str) -> list[str]:
+    """SHA-256 of each file that a source names."""
+    return [one["sha256"] for file in files_of(source) for one in fingerprint(file).values()]
+
+
 def mixture(source: str, samples: int) -> list[tuple[str, int]]:
     """The sources named in `source` and how many windows each gives; the numbers add up to `samples`."""
     if "," not in source or Path(source).is_file():
@@ -171,7 +183,7 @@ def source_text(
     if not allow_test and re.search(r"(?<![a-z])test(s|set|ing|data)?(?![a-z])", path.name.lower()):
         raise UserError(
             f"{path.name} is named as test text; calibrating on it would make every figure measured on it worthless; "
-            "use training or validation text (or allow_test=True if the name misleads)"
+            "use training or validation text, or give the file another name if this one misleads"
         )
     return file_text(path, column=column, seed=seed, join=join)
 
@@ -185,7 +197,7 @@ def file_text(path: Path | str, *, column: str | None = None, seed: int | None =
     """
     path = Path(path)
     text = _read(path)
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in JSONL:
         documents = _documents(text, path, column or "text")
         if seed is not None:
             random.Random(seed).shuffle(documents)
@@ -222,8 +234,8 @@ def _documents(text: str, path: Path, column: str) -> list[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg}); a .jsonl has one object a line") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error}); a .jsonl has one object a line") from error
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             found = ", ".join(k for k, v in row.items() if isinstance(v, str)) if isinstance(row, dict) else "none"
             raise UserError(
@@ -234,6 +246,21 @@ def _documents(text: str, path: Path, column: str) -> list[str]:
     if not documents:
         raise UserError(f'{path} has no text in column "{column}"; name another with --column')
     return documents
+
+
+def column_in(path: Path | str, column: str | None) -> str | None:
+    """The column, if a .jsonl file has it in its first row; None for plain text and for files without it.
+
+    Test text has the calibration text's column where it can: the two may be files of different kinds.
+    """
+    path = Path(path)
+    if column is None or path.suffix.lower() not in JSONL:
+        return None
+    try:
+        row = json.loads(next((line for line in _read(path).split("\n") if line.strip()), ""))
+    except (ValueError, RecursionError):
+        return None  # which the reading of the text says
+    return column if isinstance(row, dict) and column in row else None
 
 
 def is_wikitext(text: str) -> bool:
@@ -398,8 +425,11 @@ __all__ = [
     "auto_source",
     "calibration_tokens",
     "check",
+    "column_in",
     "encode",
     "file_text",
+    "files_of",
+    "hashes",
     "mixture",
     "needs_bos",
     "overlap",
