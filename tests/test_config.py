@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import prunus
 from prunus.config import (
     ANYWHERE,
     STEPS,
@@ -154,6 +155,8 @@ def test_groups_of_settings_may_be_mappings() -> None:
 def test_a_name_is_no_configuration() -> None:
     with pytest.raises(UserError, match=r"takes a CompressConfig, as in .*; given 'demo'"):
         configured("demo")
+    with pytest.raises(UserError, match="takes a CompressConfig"):
+        prunus.compress("demo", "runs")
     assert configured(config := make()) is config
 
 
