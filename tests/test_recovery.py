@@ -134,7 +134,7 @@ def test_what_recover_cannot_do_is_refused_before_any_training(small: Path, tmp_
 
 def run_config(**changes: Any) -> CompressConfig:
     quick = {"train__bins": 4, "train__steps": 12, "train__lr": 1e-3}
-    quick |= {} if changes.get("train__sampler") == "grid-params" else {"train__draws": 3}
+    quick |= {} if changes.get("train__sampler") in ("grid", "grid-params") else {"train__draws": 3}
     return config(
         MODEL, calibration__source=str(TEXT), calibration__samples=24, calibration__length=128, calibration__holdout=8,
         search__mlp_step=8, **{"keep": (0.6,), "search__generations": 0, **quick, **changes},
