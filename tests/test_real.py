@@ -31,8 +31,8 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
     out, result = tmp_path / "run", tmp_path / "result.json"
     options = ["--keep", "0.8", "--dtype", "bfloat16", "--samples", "32", "--length", "128", "--generations", "0"]
     texts = ["--calibration", str(SHARED / "wiki.train.part.txt"), "--test-text", str(SHARED / "wiki.test.raw")]
-    texts += ["--test-length", "512", "--test-chunks", "4"]
-    short = ["--set", "reform.sensitivity=1", "--set", "reform.sequential_samples=8", "--set", "reform.openings=256"]
+    texts += ["--test-length", "512", "--test-chunks", "2"]
+    short = ["--set", "reform.sensitivity=0", "--set", "reform.sequential_samples=8", "--set", "reform.openings=256"]
     more = [*short, "--set", "calibration.holdout=2", "--json", str(result), "--quiet"]
     command = [sys.executable, "-m", "prunus", "compress", "demo", "--out", str(out), *options, *texts, *more]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -41,7 +41,7 @@ def test_compress_the_demo_model(tmp_path: Path) -> None:
     (network,) = data["chosen"]
     (dense,), (small,) = data["dense"]["perplexity"].values(), network["perplexity"].values()
     assert network["kept_blocks"] == pytest.approx(0.8, abs=0.003)
-    # 4 k calibration tokens, 1 k of them in the pass, give 1.61 times; a collapse is to be caught: plain slices give
+    # 4 k calibration tokens, 1 k of them in the pass, give 1.46 times; a collapse is to be caught: plain slices give
     # thousands
     assert dense < small < 2 * dense
     # measured at all; how fast belongs to benchmarks/: prompts of 0.2 s said .93 to 1.2 on a shared machine
