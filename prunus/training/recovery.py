@@ -57,14 +57,15 @@ def recover(
 @contextmanager
 def _alone(folder: Path) -> Iterator[Path]:
     """One command at a time trains into a folder, all processes of a launch together; UserError for another one."""
-    lock = acquire(folder) if is_main() else None
+    lock, done = acquire(folder) if is_main() else None, False
     try:
         yield folder
+        done = True
     finally:
         if lock is not None:
-            lock.release()
-            if not (folder / states.RECORD).exists():  # nothing was trained
+            if done or not (folder / states.RECORD).exists():  # all of it is saved, or nothing was trained
                 shutil.rmtree(folder, ignore_errors=True)
+            lock.release()  # last: what another command begins there is not ours to delete
 
 
 def _recover(
@@ -88,7 +89,6 @@ def _recover(
     args = arguments(job)
     own = identity(job, args.world_size)
     if (done := _finished(target, own)) is not None:
-        shutil.rmtree(folder, ignore_errors=True)
         return {**done, "checkpoint": str(target)}
     with progress("training", trainer_steps(job, args)) as advance:
         job.advance = advance
@@ -101,7 +101,6 @@ def _recover(
             states.put(student.model, fitted.whole)
         adapters.merge(student.model)
         _save(student, target, found)
-        shutil.rmtree(folder, ignore_errors=True)
     return {**found, "checkpoint": str(target)}
 
 
